@@ -1,0 +1,1 @@
+"""The gin files that come with recexplore: models/, data/ and runs/."""

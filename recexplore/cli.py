@@ -1,0 +1,157 @@
+"""The command `recexplore`: flags, gin, one verb a stage."""
+
+import argparse
+import errno
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import recexplore
+from recexplore import pipeline
+from recexplore.configuration import Configuration
+from recexplore.errors import InputError
+from recexplore.progress import Progress
+from recexplore.workdir import Stage, WorkDirectory
+
+_GIN_FLAG = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_EXIT_BAD_INPUT = 2
+
+_STAGES = {
+    "ingest": "read an interaction log into recexplore's schema",
+    "cluster": "group items into interest clusters, described in words",
+    "aggregate": "find novel transitions and the collective feedback on them",
+    "tokenize": "train the vocabulary and write training examples",
+    "train": "train the novelty models and the alignment model, or the one named by --model",
+    "explore": "choose clusters for every history: the exploration table",
+    "evaluate": "measure models and baselines on the held-out period: metrics.json",
+    "report": "one page with tables and figures: report.html",
+    "run": "all stages in order",
+}
+
+_DESCRIPTION = """\
+Finds each user's next novel interest: a novelty model proposes interest clusters, an alignment
+model trained on collective feedback picks the best of n.
+
+stages:
+""" + "\n".join(f"  {name:<10} {what}" for name, what in _STAGES.items())
+
+_EXAMPLES = """\
+examples:
+  recexplore run --workdir /tmp/demo --gin_file runs/demo.gin
+  recexplore run --workdir W --gin_file runs/movielens_small.gin \\
+      --gin.MOVIELENS_DIR="'/data/ml-latest-small'"
+  recexplore train --model alignment --workdir W --gin_file runs/demo.gin \\
+      --gin.clustering.cluster_items.num_clusters=100
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status (2: something given to it is wrong)."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno in _DISK_FULL or "No space left on device" in str(error):
+            place = f" while writing {error.filename}" if error.filename else ""
+            return _fail(
+                f"The disk is full{place}. Nothing that was finished is lost: free some space and "
+                "run the same command again."
+            )
+        if isinstance(error, PermissionError):
+            return _fail(f"No permission for {error.filename}: {error.strerror}.")
+        raise
+    except KeyboardInterrupt:
+        return _fail("Interrupted. Run the same command again to go on.", status=130)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    flags = _parse(arguments)
+    configuration = Configuration(flags.gin_file, flags.gin_bindings, flags.gin_search_paths)
+    stages = pipeline.stages(configuration)
+    configuration.check_all_used([(stage.selector, stage.model) for stage in stages])
+    chosen = _chosen(flags, stages)
+    work = WorkDirectory(Path(flags.workdir), stages, configuration)
+    if flags.dry_run:
+        for stage in chosen:
+            print(_describe(work, stage))
+        return 0
+    progress = Progress()
+    with work.locked():
+        for stage in chosen:
+            work.run(stage, progress, flags.overwrite)
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="recexplore",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("stage", choices=list(_STAGES), metavar="STAGE", help="see above")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where all artefacts go")
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="looked up in the current folder, then among the installed gin_configs; may be given "
+        "several times, later ones win",
+    )
+    parser.add_argument(
+        "--gin_search_paths", default="", metavar="DIRS", help="more folders for it, with commas"
+    )
+    parser.add_argument("--model", metavar="NAME", help="for train: novelty, alignment, …")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, and why")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="make stages again that were made with another configuration",
+    )
+    parser.add_argument("--version", action="version", version=recexplore.__version__)
+    parser.add_argument_group("gin").add_argument(
+        "--gin.NAME=VALUE",
+        action="append",
+        dest="gin_bindings",
+        metavar="",
+        help="bind NAME (module.function.argument, or a name in the gin file), after the files",
+    )
+    bindings = [match for argument in arguments if (match := _GIN_FLAG.fullmatch(argument))]
+    flags = parser.parse_args([a for a in arguments if not _GIN_FLAG.fullmatch(a)])
+    flags.gin_bindings = [f"{match[1]} = {match[2]}" for match in bindings]
+    flags.gin_search_paths = [path for path in flags.gin_search_paths.split(",") if path]
+    if flags.model and flags.stage != "train":
+        parser.error(f"--model goes with train, not with {flags.stage}")
+    return flags
+
+
+def _chosen(flags: argparse.Namespace, stages: Sequence[Stage]) -> list[Stage]:
+    chosen = [stage for stage in stages if flags.stage in ("run", stage.verb)]
+    if flags.model:
+        models = [stage.model for stage in chosen]
+        chosen = [stage for stage in chosen if stage.model == flags.model]
+        if not chosen:
+            raise InputError(
+                f"--model {flags.model}: this run has no such model. It has: {', '.join(models)}."
+            )
+    return chosen
+
+
+def _describe(work: WorkDirectory, stage: Stage) -> str:
+    reads = ", ".join(stage.reads) or "the log"
+    status = work.status(stage).reason or "up to date"
+    return f"{stage.name}\n  reads:  {reads}\n  writes: {', '.join(stage.writes)}\n  {status}"
+
+
+def _fail(message: str, status: int = _EXIT_BAD_INPUT) -> int:
+    paragraph = textwrap.fill(f"recexplore: {message}", 100, break_long_words=False)
+    print(paragraph, file=sys.stderr)
+    return status

@@ -1,0 +1,9 @@
+"""The one exception that means: a person can mend this."""
+
+
+class InputError(ValueError):
+    """Something given to recexplore is wrong: a file, a row, a gin binding, a work directory.
+
+    The message is one paragraph: what is wrong, where, what was expected, what to do. The command
+    line prints it without a traceback and exits with status 2.
+    """

@@ -1,0 +1,265 @@
+"""A work directory: which stage made what, from what, with which configuration.
+
+Every finished stage leaves a record in W/stages/. A stage is up to date when its record's recipe,
+a hash of its configuration and of the recipes of all that it reads, is today's recipe and what it
+wrote still lies there at its recorded size. The record is written last: a stage that was killed has
+none, and is run again.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import hashlib
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import recexplore
+from recexplore import artifacts
+from recexplore.configuration import Configuration, call_configured
+from recexplore.errors import InputError
+from recexplore.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step from artefacts to artefacts.
+
+    Attributes:
+      verb: its name on the command line.
+      function: called as function(work, progress, *arguments), configured by gin.
+      reads: what it reads, relative to the work directory.
+      writes: what it writes, likewise.
+      model: the model it trains, which is also its gin scope; empty for other stages.
+      resumes: it keeps what an interrupted run with the same recipe has left in `writes`.
+    """
+
+    verb: str
+    function: Callable[..., None]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    model: str = ""
+    resumes: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.verb} {self.model}".strip()
+
+    @property
+    def selector(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (self.model,) if self.model else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """All that decides what a stage makes, and the hash of it."""
+
+    bindings: dict[str, str]
+    sources: dict[str, list]
+    hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Where a stage stands.
+
+    Attributes:
+      reason: why it isn't up to date; empty when it is.
+      made_otherwise: how the configuration that made it differs from today's; empty when it doesn't.
+    """
+
+    reason: str = ""
+    made_otherwise: str = ""
+
+
+class WorkDirectory:
+    """The stages of one run over one folder.
+
+    Args:
+      folder: the work directory.
+      stages: all stages, in order.
+      configuration: the run's gin configuration.
+    """
+
+    def __init__(self, folder: Path, stages: Sequence[Stage], configuration: Configuration):
+        self.folder = folder
+        self._stages = stages
+        self._configuration = configuration
+        self._makers = {output: stage for stage in stages for output in stage.writes}
+        self._recipes: dict[str, _Recipe] = {}
+
+    def status(self, stage: Stage) -> Status:
+        """Compares a stage's record with what would be made today."""
+        recipe, record = self._recipe(stage), self._record(stage)
+        if record is None:
+            return Status("not made yet")
+        if record["configuration"] != recipe.bindings:
+            difference = _difference(record["configuration"], recipe.bindings)
+            return Status(difference, made_otherwise=difference)
+        if record["recipe"] != recipe.hash:
+            return Status("what it reads has changed")
+        if record["outputs"] != {name: _size(self.folder / name) for name in stage.writes}:
+            return Status("what it wrote is gone or was changed")
+        return Status()
+
+    def run(self, stage: Stage, progress: Progress, overwrite: bool = False) -> bool:
+        """Runs a stage unless it is up to date; returns whether it ran.
+
+        Raises:
+          InputError: an input isn't there or isn't up to date, a value is left open, or the stage's
+            artefacts were made with another configuration and `overwrite` is False.
+        """
+        status = self.status(stage)
+        self._check_inputs(stage)
+        if not status.reason:
+            progress.say(f"{stage.name}: up to date")
+            return False
+        if status.made_otherwise and not overwrite:
+            raise InputError(
+                f"{self.folder}: {stage.name} was made with another configuration "
+                f"({status.made_otherwise}). Choose another --workdir, or add --overwrite to "
+                "make it, and all that follows from it, again."
+            )
+        progress.say(f"{stage.name}: {status.reason}, making {', '.join(stage.writes)}")
+        recipe = self._recipe(stage)
+        self._prepare(stage, recipe.hash)
+        start = time.monotonic()
+        operative = call_configured(
+            stage.function, stage.model, recipe.bindings, self.folder, progress, *stage.arguments
+        )
+        for name in stage.writes:
+            path = self.folder / name
+            beside = path / "config.gin" if path.is_dir() else path.with_suffix(".config.gin")
+            with artifacts.new_file(beside) as temporary:
+                temporary.write_text(operative)
+        self._write_record(stage, recipe, time.monotonic() - start)
+        progress.say(f"{stage.name}: done in {time.monotonic() - start:.0f} s")
+        return True
+
+    def record_path(self, stage: Stage) -> Path:
+        """Where the record of a finished stage lies."""
+        return self.folder / "stages" / f"{stage.name.replace(' ', '_')}.json"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the work directory.
+
+        Raises:
+          InputError: another run has it, or the folder can't be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"--workdir {self.folder} is not a folder. Choose another.") from error
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{self.folder} is in use by another recexplore run. Wait for it to end, or "
+                    "choose another --workdir."
+                ) from error
+            artifacts.remove_leftovers(self.folder)
+            yield
+
+    def _check_inputs(self, stage: Stage) -> None:
+        for name in stage.reads:
+            maker = self._makers[name]
+            status = self.status(maker)
+            if status.reason:
+                raise InputError(
+                    f"{self.folder / name}, which {stage.name} reads, is not up to date "
+                    f"({status.reason}). Run `recexplore {maker.verb}"
+                    f"{' --model ' + maker.model if maker.model else ''}` with this configuration "
+                    "first, or `recexplore run` for all stages."
+                )
+        self._configuration.check_required(stage.selector, stage.model)
+
+    def _prepare(self, stage: Stage, recipe: str) -> None:
+        """Removes what another recipe left behind, and only that."""
+        self.record_path(stage).unlink(missing_ok=True)
+        if not stage.resumes:
+            return
+        for name in stage.writes:
+            path = self.folder / name
+            mark = path / "recipe.txt"
+            if not mark.exists() or mark.read_text() != recipe:
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir(parents=True)
+                with artifacts.new_file(mark) as temporary:
+                    temporary.write_text(recipe)
+
+    def _recipe(self, stage: Stage) -> _Recipe:
+        if stage.name not in self._recipes:
+            bindings = self._configuration.reachable_from(stage.selector, stage.model)
+            sources = _outside_files(bindings)
+            inputs = {name: self._recipe(self._makers[name]).hash for name in stage.reads}
+            text = json.dumps([stage.name, bindings, sources, inputs], sort_keys=True)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            self._recipes[stage.name] = _Recipe(bindings, sources, digest)
+        return self._recipes[stage.name]
+
+    def _record(self, stage: Stage) -> dict[str, Any] | None:
+        path = self.record_path(stage)
+        return artifacts.read_json(path) if path.exists() else None
+
+    def _write_record(self, stage: Stage, recipe: _Recipe, seconds: float) -> None:
+        artifacts.write_json(
+            self.record_path(stage),
+            {
+                "stage": stage.name,
+                "recipe": recipe.hash,
+                "configuration": recipe.bindings,
+                "sources": recipe.sources,
+                "reads": list(stage.reads),
+                "outputs": {name: _size(self.folder / name) for name in stage.writes},
+                "seconds": round(seconds, 1),
+                "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "version": recexplore.__version__,
+            },
+        )
+
+
+def _outside_files(bindings: dict[str, str]) -> dict[str, list]:
+    """Size and time of every file outside the work directory that a binding's text names."""
+    found = {}
+    for text in bindings.values():
+        if text[:1] not in "'\"":
+            continue
+        pattern = text[1:-1]
+        for match in sorted(glob.glob(pattern)) if pattern else []:
+            files = sorted(Path(match).iterdir()) if Path(match).is_dir() else [Path(match)]
+            for file in files:
+                if file.is_file():
+                    stat = file.stat()
+                    found[str(file)] = [stat.st_size, stat.st_mtime_ns]
+    return found
+
+
+def _size(path: Path) -> list[int]:
+    """Number of files and bytes of a file or folder; [0, 0] when it is missing."""
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+    else:
+        files = [path] if path.exists() else []
+    return [len(files), sum(file.stat().st_size for file in files)]
+
+
+def _difference(before: dict[str, str], now: dict[str, str]) -> str:
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    shown = [
+        f"{name.replace('recexplore.', '')} was {before.get(name, 'not set')}, now "
+        f"{now.get(name, 'not set')}"
+        for name in changed[:3]
+    ]
+    more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return "; ".join(shown) + more

@@ -1,0 +1,145 @@
+"""gin files are read, checked and cut up by stage without importing what they name."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from recexplore import configuration as configuration_module
+from recexplore.configuration import Configuration, call_configured
+from recexplore.errors import InputError
+
+MODULE = """
+import dataclasses
+
+def inner(size=1, factor=1.0):
+    return size * factor
+
+def outer(log, make, extra=()):
+    log.append(make())
+    log.extend(extra)
+
+@dataclasses.dataclass
+class Shape:
+    width: int = 1
+    height: int = 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def toy_module(tmp_path, monkeypatch):
+    """A module `toy` with functions to configure; forgotten again afterwards."""
+    (tmp_path / "toy.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("toy", None)
+    for cached in ("_module_of", "_definitions", "_arguments"):
+        getattr(configuration_module, cached).cache_clear()
+
+
+def write(name: str, text: str) -> str:
+    header = "from __gin__ import dynamic_registration\nimport toy\n"
+    with open(name, "w") as file:
+        file.write(header + textwrap.dedent(text))
+    return name
+
+
+def test_reachable_bindings_follow_references_scopes_and_macros():
+    file = write(
+        "run.gin",
+        """
+        SIZE = 3
+        toy.outer.make = @toy.inner
+        toy.inner.size = %SIZE
+        big/toy.inner.size = 30
+        toy.Shape.width = %SIZE
+        """,
+    )
+    run = Configuration([file])
+    assert run.reachable_from("toy.outer") == {
+        "toy.outer.make": "@toy.inner",
+        "toy.inner.size": "3",
+    }
+    assert run.reachable_from("toy.outer", scope="big")["big/toy.inner.size"] == "30"
+    assert run.reachable_from("toy.Shape") == {"toy.Shape.width": "3"}
+
+
+def test_overrides_win_over_files_and_later_files_over_earlier_ones():
+    first = write("first.gin", "toy.inner.size = 1\ntoy.inner.factor = 1.0\n")
+    second = write("second.gin", "include 'first.gin'\ntoy.inner.size = 2\n")
+    run = Configuration([second], ["toy.inner.factor = 2.5"])
+    assert run.reachable_from("toy.inner") == {"toy.inner.size": "2", "toy.inner.factor": "2.5"}
+
+
+def test_the_call_sees_the_scoped_values():
+    file = write(
+        "run.gin",
+        """
+        toy.outer.make = @toy.inner
+        toy.outer.extra = (@big/toy.inner(), %N)
+        N = 7
+        toy.inner.size = 2
+        big/toy.inner.size = 20
+        """,
+    )
+    import toy
+
+    run, log = Configuration([file]), []
+    operative = call_configured(toy.outer, "", run.reachable_from("toy.outer"), log)
+    assert log == [2.0, 20.0, 7]
+    assert "toy.inner.size = 2" in operative
+    log = []
+    call_configured(toy.outer, "big", run.reachable_from("toy.outer", "big"), log)
+    assert log == [20.0, 20.0, 7]
+
+
+BAD = {
+    "toy.inner.sise = 1": "toy.inner has no argument 'sise'. Did you mean size?",
+    "toy.Shape.colour = 1": "toy.Shape has no argument 'colour'. There is: height, width.",
+    "toy.iner.size = 1": "there is no iner in toy. Did you mean inner?",
+    "tay.inner.size = 1": "names no module that was imported. Did you mean toy?",
+    "toy.inner.size = %SISE\nSIZE = 2": "%SISE is not defined. Did you mean SIZE?",
+    "SIZE = 2": "nothing uses the name SIZE.",
+    "toy.inner.size = %A\nA = %B\nB = %A": "goes in a circle",
+    "toy.inner.size = hello world": "can't be parsed",
+    "include 'missing.gin'": "gin file missing.gin was not found",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_mistakes_are_named_with_their_place(text):
+    file = write("run.gin", text + "\n")
+    with pytest.raises(InputError) as error:
+        Configuration([file])
+    assert BAD[text] in str(error.value)
+
+
+def test_a_mistake_on_the_command_line_is_shown_as_it_was_typed():
+    file = write("run.gin", "toy.inner.size = 1\n")
+    with pytest.raises(InputError, match=r"--gin\.toy\.inner\.sise = 2"):
+        Configuration([file], ["toy.inner.sise = 2"])
+
+
+def test_a_binding_that_no_stage_uses_is_an_error():
+    run = Configuration([write("run.gin", "toy.outer.make = @toy.inner\ntoy.Shape.width = 2\n")])
+    run.check_all_used([("toy.outer", ""), ("toy.Shape", "")])
+    with pytest.raises(InputError, match="toy.Shape.width is bound but no stage of this run"):
+        run.check_all_used([("toy.outer", "")])
+
+
+def test_a_value_left_open_names_the_flag_that_sets_it():
+    file = write("run.gin", "FOLDER = %gin.REQUIRED\ntoy.inner.size = %FOLDER\n")
+    with pytest.raises(InputError, match="FOLDER must be set.*--gin.FOLDER=VALUE"):
+        Configuration([file]).check_required("toy.inner")
+    Configuration([file], ["FOLDER = 'here'"]).check_required("toy.inner")
+
+
+def test_reading_a_configuration_imports_no_jax():
+    code = (
+        "import sys; from recexplore.configuration import Configuration; "
+        "Configuration(['runs/demo.gin']); print('jax' in sys.modules, 'ibis' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "False"], result.stderr
