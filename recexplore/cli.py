@@ -51,7 +51,8 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2: something given to it is wrong)."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except InputError as error:

@@ -293,9 +293,7 @@ def _is_required(value: Any) -> bool:
 
 def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, dict):
-        return {
-            _map_leaves(function, k): _map_leaves(function, item) for k, item in value.items()
-        }
+        return {_map_leaves(function, k): _map_leaves(function, item) for k, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_map_leaves(function, item) for item in value)
     return function(value)

@@ -52,13 +52,14 @@ def stages(configuration: "Configuration") -> list[Stage]:
     trained = tuple(model_folder(name) for name in models)
     explorers = (model_folder(NOVELTY), model_folder(ALIGNMENT))
     rows = (INTERACTIONS, CLUSTERS, FEEDBACK)
+    tokens = (VOCABULARY, EXAMPLES)
     return [
         Stage("ingest", ingest, (), (INTERACTIONS,)),
         Stage("cluster", cluster, (INTERACTIONS,), (CLUSTERS,)),
         Stage("aggregate", aggregate, (INTERACTIONS, CLUSTERS), (FEEDBACK,)),
         Stage("tokenize", tokenize, (CLUSTERS, FEEDBACK), (VOCABULARY, EXAMPLES)),
         *(
-            Stage("train", train, (VOCABULARY, EXAMPLES), (folder,), model=name, resumes=True)
+            Stage("train", train, (CLUSTERS, *tokens), (folder,), model=name, resumes=True)
             for name, folder in zip(models, trained, strict=True)
         ),
         Stage("explore", explore, (CLUSTERS, FEEDBACK, VOCABULARY, *explorers), (EXPLORATION,)),
@@ -68,9 +69,7 @@ def stages(configuration: "Configuration") -> list[Stage]:
             (CLUSTERS, FEEDBACK, VOCABULARY, *trained, EXPLORATION),
             (EVALUATION, METRICS),
         ),
-        Stage(
-            "report", report, (*rows, *trained, EXPLORATION, EVALUATION, METRICS), (REPORT,)
-        ),
+        Stage("report", report, (*rows, *trained, EXPLORATION, EVALUATION, METRICS), (REPORT,)),
     ]
 
 
@@ -88,9 +87,7 @@ def ingest(work: Path, progress: Progress, *, read_log: Callable[[], Any]) -> No
     with artifacts.new_folder(work / INTERACTIONS) as folder:
         interactions = log.interactions.order_by("user_id", "timestamp", "item_id").to_pyarrow()
         items = log.items.order_by("item_id").to_pyarrow()
-        artifacts.write_table(
-            folder / "interactions.parquet", interactions, artifacts.INTERACTIONS
-        )
+        artifacts.write_table(folder / "interactions.parquet", interactions, artifacts.INTERACTIONS)
         artifacts.write_table(folder / "items.parquet", items, artifacts.ITEMS)
         counts = {
             "interactions": interactions.num_rows,
@@ -100,3 +97,414 @@ def ingest(work: Path, progress: Progress, *, read_log: Callable[[], Any]) -> No
         }
         artifacts.write_json(folder / "counts.json", counts)
     _say_counts(progress, counts)
+
+
+def cluster(
+    work: Path,
+    progress: Progress,
+    *,
+    split_times: Callable[..., Any],
+    embed_items: Callable[..., Any],
+    cluster_items: Callable[..., Any],
+    describe_clusters: Callable[..., list[str]],
+) -> None:
+    """Items → interest clusters in words, from the training period's interactions.
+
+    Args:
+      work: the work directory.
+      progress: where to say what is going on.
+      split_times: of recexplore.feedback.transitions.
+      embed_items: of recexplore.interests.embeddings.
+      cluster_items: of recexplore.interests.clustering.
+      describe_clusters: of recexplore.interests.descriptions.
+    """
+    import ibis
+    import pyarrow.compute as pc
+
+    from recexplore.interests.cluster_table import ClusterTable
+
+    interactions, items = _read_log(work)
+    cut = split_times(ibis.memtable(interactions)).validation
+    before = interactions.filter(pc.less(interactions["timestamp"], cut))
+    embeddings = embed_items(items, before)
+    clustering = cluster_items(embeddings)
+    titles, texts = items["title"].to_pylist(), items["text"].to_pylist()
+    descriptions = describe_clusters(
+        [f"{title} {text}" for title, text in zip(titles, texts, strict=True)], clustering.labels
+    )
+    table = ClusterTable.build(items, before, embeddings, clustering, descriptions)
+    with artifacts.new_folder(work / CLUSTERS) as folder:
+        table.write(folder)
+    shown = ", ".join(descriptions[:: max(1, len(descriptions) // 5)][:5])
+    progress.say(f"  {table.num_clusters} clusters, such as: {shown}")
+
+
+def aggregate(
+    work: Path,
+    progress: Progress,
+    *,
+    split_times: Callable[..., Any],
+    collective_feedback: Callable[..., Any],
+    history_length: int,
+    max_history: int,
+    look_back_days: float | None = None,
+) -> None:
+    """The log and its clusters → novel transitions, collective feedback, histories.
+
+    Args:
+      work: the work directory.
+      progress: where to say what is going on.
+      split_times: of recexplore.feedback.transitions.
+      collective_feedback: of recexplore.feedback.collective.
+      history_length: K of collective feedback and of the exploration table.
+      max_history: longest history that any model is to see.
+      look_back_days: how long a user knows a cluster; None: for ever.
+    """
+    import ibis
+    import pyarrow.compute as pc
+
+    from recexplore.feedback import transitions
+    from recexplore.interests.cluster_table import ClusterTable
+
+    interactions = ibis.memtable(_read_log(work)[0])
+    item_clusters = ibis.memtable(ClusterTable.read(work / CLUSTERS).item_clusters)
+    splits = split_times(interactions)
+    moves = transitions.novel_transitions(
+        interactions,
+        item_clusters,
+        splits,
+        max_history=max(max_history, history_length),
+        look_back_days=look_back_days,
+    )
+    table = moves.order_by("timestamp", "user_id", "next_cluster").to_pyarrow()
+    collective = collective_feedback(ibis.memtable(table), history_length=history_length)
+    histories = transitions.histories_in_log(
+        interactions, item_clusters, history_length=history_length, look_back_days=look_back_days
+    )
+    per_split = {
+        f"{split} transitions": pc.sum(pc.equal(table["split"], split)).as_py() or 0
+        for split in ("train", "validation", "test")
+    }
+    counts = {
+        **per_split,
+        "shrinkage": collective.shrinkage,
+        "reward of label 0": collective.low,
+        "reward of label 1": collective.high,
+        "validation from": splits.validation,
+        "test from": splits.test,
+    }
+    with artifacts.new_folder(work / FEEDBACK) as folder:
+        artifacts.write_table(folder / "transitions.parquet", table, artifacts.TRANSITIONS)
+        artifacts.write_table(folder / "collective.parquet", collective.table, artifacts.COLLECTIVE)
+        artifacts.write_table(
+            folder / "histories.parquet",
+            histories.order_by("history").to_pyarrow(),
+            artifacts.HISTORIES,
+        )
+        artifacts.write_json(folder / "counts.json", counts)
+    _say_counts(progress, counts)
+
+
+def tokenize(
+    work: Path,
+    progress: Progress,
+    *,
+    train_vocabulary: Callable[..., None],
+    diversify: Callable[..., Any],
+    novelty_histories: Mapping[str, int],
+    history_length: int,
+) -> None:
+    """Rows → vocabulary and training examples, for each model its own.
+
+    Args:
+      work: the work directory.
+      progress: where to say what is going on.
+      train_vocabulary: of recexplore.tasks.vocabulary.
+      diversify: of recexplore.tasks.examples.
+      novelty_histories: novelty model → how many clusters of history it reads.
+      history_length: K of the alignment model.
+    """
+    from recexplore.interests.cluster_table import ClusterTable
+    from recexplore.tasks import examples, seqio_tasks
+
+    descriptions = ClusterTable.read(work / CLUSTERS).descriptions
+    transitions = artifacts.read_table(
+        work / FEEDBACK / "transitions.parquet", artifacts.TRANSITIONS
+    )
+    collective = artifacts.read_table(work / FEEDBACK / "collective.parquet", artifacts.COLLECTIVE)
+    prompts = examples.some_prompts(transitions, descriptions, history_length)
+    with artifacts.new_folder(work / VOCABULARY) as folder:
+        train_vocabulary(folder, prompts, descriptions)
+    with artifacts.new_folder(work / EXAMPLES) as folder:
+        for split in ("train", "validation"):
+            rows = examples.engaged(transitions, split)
+            if split == "train":
+                rows = diversify(rows)
+            for model, length in novelty_histories.items():
+                made = examples.novelty_examples(rows, descriptions, length)
+                seqio_tasks.write_examples(made, folder / model, split)
+            progress.say(f"  novelty: {rows.num_rows} {split} examples")
+            made = examples.alignment_examples(collective, split, descriptions)
+            seqio_tasks.write_examples(made, folder / ALIGNMENT, split)
+            progress.say(f"  alignment: {len(made)} {split} examples")
+
+
+def train(
+    work: Path,
+    progress: Progress,
+    name: str,
+    *,
+    make_network: Callable[[Any], Any],
+    make_config: Callable[..., Any],
+    objective: Callable[..., Any],
+    run: Callable[..., Any],
+    max_length: int,
+    batch_size: int,
+    seed: int = 0,
+) -> None:
+    """Examples → a trained model; an interrupted run goes on from its last checkpoint.
+
+    Args:
+      work: the work directory.
+      progress: where to say what is going on.
+      name: of the model.
+      make_network: Transformer or RewardModel.
+      make_config: TransformerConfig, all but its vocab_size and max_length bound.
+      objective: of recexplore.training.objectives.
+      run: recexplore.training.trainer.train.
+      max_length: tokens of prompt and description.
+      batch_size: examples a step, of all processes together.
+      seed: of the order of examples, of initialisation and of dropout.
+    """
+    from recexplore.explorer import NETWORK, description_trie
+    from recexplore.interests.cluster_table import ClusterTable
+    from recexplore.models import saved
+    from recexplore.tasks import seqio_tasks
+    from recexplore.tasks.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary(work / VOCABULARY)
+    descriptions = ClusterTable.read(work / CLUSTERS).descriptions
+    config = make_config(vocab_size=vocabulary.size, max_length=max_length)
+    folder = work / model_folder(name)
+    task = seqio_tasks.make_task(name, work / EXAMPLES / name, vocabulary)
+    shapes = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "num_clusters": len(descriptions),
+    }
+    for split in ("train", "validation"):
+        seqio_tasks.count_examples(work / EXAMPLES / name, split)
+    batches = seqio_tasks.Batches(task, "train", shuffle=True, seed=seed, repeat=True, **shapes)
+    validation = list(seqio_tasks.Batches(task, "validation", **shapes))
+    network = make_network(config)
+    artifacts.write_json(folder / NETWORK, saved.describe(network))
+    with progress.bar(f"train {name}") as update:
+        result = run(
+            folder,
+            network,
+            objective,
+            description_trie(vocabulary, descriptions),
+            batches,
+            validation,
+            update,
+            seed=seed,
+        )
+    progress.say(
+        f"  {result.steps} steps; the best, after {result.best_step}, has validation loss "
+        f"{result.best_validation_loss:.4f}"
+    )
+
+
+def explore(
+    work: Path,
+    progress: Progress,
+    *,
+    settings: Any,
+    batch_size: int = 64,
+    all_histories: bool = False,
+    seed: int = 0,
+) -> None:
+    """Histories → the exploration table: the k best of n clusters for each.
+
+    Args:
+      work: the work directory.
+      progress: where to say what is going on.
+      settings: a recexplore.inference.best_of_n.BestOfN.
+      batch_size: histories a call of the compiled step.
+      all_histories: every ordered pair of clusters (K = 2 only), not just those in the log.
+      seed: of the draws.
+    """
+    from recexplore.serving.exploration_table import ExplorationTable
+
+    explorer, models = _load_explorer(work, (NOVELTY, ALIGNMENT), batch_size)
+    histories = _histories(work, explorer.num_clusters, all_histories)
+    with progress.bar("explore") as update:
+        found = explorer.explore(
+            models[NOVELTY],
+            models[ALIGNMENT],
+            histories,
+            explorer.clusters_of([()] * len(histories)),
+            settings,
+            seed,
+            update,
+        )
+    table = ExplorationTable.build(histories, found.clusters, found.scores, found.log_probabilities)
+    with artifacts.new_folder(work / EXPLORATION) as folder:
+        table.write(folder / "exploration_table.parquet")
+    progress.say(f"  {len(histories)} histories, {settings.num_samples} proposals each")
+
+
+def _load_explorer(work: Path, names: Sequence[str], batch_size: int):
+    """What is needed to ask the models of a work directory, and those of the names given."""
+    from recexplore.explorer import Explorer, load_model
+    from recexplore.interests.cluster_table import ClusterTable
+    from recexplore.tasks.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary(work / VOCABULARY)
+    descriptions = ClusterTable.read(work / CLUSTERS).descriptions
+    models = {name: load_model(work / model_folder(name), vocabulary) for name in names}
+    return Explorer(vocabulary, descriptions, batch_size), models
+
+
+def _histories(work: Path, num_clusters: int, all_histories: bool) -> list[list[int]]:
+    table = artifacts.read_table(work / FEEDBACK / "histories.parquet", artifacts.HISTORIES)
+    histories = table["history"].to_pylist()
+    if not all_histories:
+        return histories
+    if histories and len(histories[0]) != 2:
+        raise InputError(
+            f"pipeline.explore.all_histories is for histories of 2 clusters; these have "
+            f"{len(histories[0])}, too many to write down all. Set it to False."
+        )
+    return [[a, b] for a in range(num_clusters) for b in range(num_clusters) if a != b]
+
+
+def evaluate(
+    work: Path,
+    progress: Progress,
+    *,
+    novelty_histories: Mapping[str, int],
+    history_length: int,
+    settings: Any,
+    proposal_counts: Sequence[int] = (1, 2, 5, 10, 20, 50),
+    batch_size: int = 64,
+    seed: int = 0,
+) -> None:
+    """Models, baselines and the exploration table, measured on the held-out period.
+
+    Args:
+      work: the work directory.
+      progress: where to say what is going on.
+      novelty_histories: novelty model → how many clusters of history it reads.
+      history_length: K of the alignment model.
+      settings: a BestOfN for the held-out histories; its n is the largest of `proposal_counts`.
+      proposal_counts: the n of the scaling curve.
+      batch_size: histories a call of a compiled step.
+      seed: of the proposals.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+
+    from recexplore.evaluation import baselines, offline
+    from recexplore.serving.exploration_table import ExplorationTable
+
+    explorer, models = _load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
+    size = explorer.num_clusters
+    transitions = artifacts.read_table(
+        work / FEEDBACK / "transitions.parquet", artifacts.TRANSITIONS
+    )
+    collective = artifacts.read_table(work / FEEDBACK / "collective.parquet", artifacts.COLLECTIVE)
+    train, validation, rows = (
+        offline.rows_of(transitions, split, size) for split in ("train", "validation", "test")
+    )
+    fitted = baselines.fit_all(train, validation)
+    scores = {kind: {n: f(rows) for n, f in fitted[kind].items()} for kind in offline.SUFFIXES}
+    lists: dict[str, dict[str, Any]] = {kind: {} for kind in offline.SUFFIXES}
+    excluded = offline.exclusions(rows)
+    for name, length in novelty_histories.items():
+        with progress.bar(f"evaluate {name}") as update:
+            histories = [history[-length:] for history in rows.histories]
+            exact = explorer.log_probabilities(models[name], histories, excluded, update)
+        for place, kind in enumerate(offline.SUFFIXES):
+            scores[kind][name] = exact[:, place]
+
+    histories = [history[-history_length:] for history in rows.histories]
+    for place, kind in enumerate(offline.SUFFIXES):
+        with progress.bar("evaluate best of n") as update:
+            found = explorer.explore(
+                models[NOVELTY],
+                models[ALIGNMENT],
+                histories,
+                excluded[:, place],
+                settings,
+                seed,
+                update,
+            )
+        lists[kind]["best_of_n"] = found.clusters
+        lists[kind]["novelty_sampled"] = offline.choose(
+            found.draws.clusters, found.draws.log_probabilities, settings.num_chosen
+        )
+        if kind == "history":
+            scaling = offline.scaling(
+                found.draws.clusters,
+                found.draw_scores,
+                rows.targets,
+                tuple(n for n in proposal_counts if n <= settings.num_samples),
+                settings.num_chosen,
+            )
+    test = collective.filter(pc.equal(collective["split"], "test"))
+    with progress.bar("evaluate alignment") as update:
+        all_scores = explorer.scores(models[ALIGNMENT], test["history"].to_pylist(), update)
+    own = all_scores[np.arange(test.num_rows), test["next_cluster"].to_numpy()]
+    alignment, bins = offline.alignment_metrics(collective, own, size)
+    table = ExplorationTable.read(work / EXPLORATION / "exploration_table.parquet")
+    metrics = {
+        **offline.rank_all(scores, lists, rows),
+        **alignment,
+        **offline.exploration_metrics(table, size),
+    }
+    with artifacts.new_folder(work / EVALUATION) as folder:
+        artifacts.write_json(folder / "scaling.json", {**scaling, "k": settings.num_chosen})
+        artifacts.write_json(folder / "calibration.json", bins.tolist())
+    artifacts.write_json(work / METRICS, metrics)
+    for name in (*novelty_histories, "best_of_n", *fitted["history"]):
+        progress.say(
+            f"  {name}: recall@10 {metrics[f'{name}/recall@10']:.4f}, all seen left out "
+            f"{metrics[f'{name}/recall@10_unseen']:.4f}"
+        )
+    for name in (ALIGNMENT, "target_mean"):
+        progress.say(f"  {name}: pairwise accuracy {metrics[f'{name}/pairwise_accuracy']:.4f}")
+
+
+def report(
+    work: Path, progress: Progress, *, novelty_histories: Mapping[str, int], examples: int = 12
+) -> None:
+    """metrics.json and all that lies beside it → one page, report.html.
+
+    Args:
+      work: the work directory.
+      progress: where to say what is going on.
+      novelty_histories: novelty model → how many clusters of history it reads.
+      examples: explorations shown in words.
+    """
+    from recexplore.evaluation import page
+
+    page.write(
+        work,
+        model_folders={n: work / model_folder(n) for n in (*novelty_histories, ALIGNMENT)},
+        novelty_histories=novelty_histories,
+        num_examples=examples,
+    )
+    progress.say(f"  {work / REPORT}")
+
+
+def _read_log(work: Path):
+    folder = work / INTERACTIONS
+    return (
+        artifacts.read_table(folder / "interactions.parquet", artifacts.INTERACTIONS),
+        artifacts.read_table(folder / "items.parquet", artifacts.ITEMS),
+    )
+
+
+def _say_counts(progress: Progress, counts: Mapping[str, float]) -> None:
+    progress.say("  " + ", ".join(f"{name}: {value:g}" for name, value in counts.items()))

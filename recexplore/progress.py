@@ -44,7 +44,11 @@ class Progress:
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[figures]}"),
             TimeRemainingColumn(),
         )
-        start, display, task = time.monotonic(), RichProgress(*columns, console=Console(stderr=True)), None
+        start, display, task = (
+            time.monotonic(),
+            RichProgress(*columns, console=Console(stderr=True)),
+            None,
+        )
         try:
 
             def update(done: float, total: float, **figures: float) -> None:

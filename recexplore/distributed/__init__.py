@@ -1,0 +1,1 @@
+"""Meshes, shardings and checkpoints of state that lives on many devices."""

@@ -1,0 +1,99 @@
+"""From logical axes to shardings: the models name axes, a table of rules says where they go."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from recexplore.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+DEFAULT_RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv", None),
+    ("mlp", "tensor"),
+    ("layers", None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices; one of the sizes may be -1 for "the rest".
+
+    Args:
+      data: number of shares of the batch.
+      fsdp: number of shares of the parameters' embed axis, and of the batch again.
+      tensor: number of shares of heads, mlp and vocab.
+
+    Raises:
+      InputError: the sizes don't multiply to the number of devices.
+    """
+    sizes, devices = [data, fsdp, tensor], jax.devices()
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) == 1 and fixed >= 1 and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        raise InputError(
+            f"partitioning.make_mesh has data={data}, fsdp={fsdp}, tensor={tensor}, which don't "
+            f"multiply to the {len(devices)} devices there are. Change them; one may be -1 for "
+            "what is left over."
+        )
+    return Mesh(np.array(devices).reshape(sizes), MESH_AXES)
+
+
+def check_rules(rules: Rules) -> None:
+    """Checks that every logical axis is mapped once, and to mesh axes that exist.
+
+    Raises:
+      InputError: naming the rule.
+    """
+    seen = set()
+    for logical, target in rules:
+        targets = (target,) if isinstance(target, str) else target or ()
+        unknown = [axis for axis in targets if axis not in MESH_AXES]
+        if unknown:
+            raise InputError(
+                f"The sharding rule ({logical!r}, {target!r}) names the mesh axis {unknown[0]!r}; "
+                f"there are: {', '.join(MESH_AXES)}."
+            )
+        if logical in seen:
+            raise InputError(f"The sharding rules map the axis {logical!r} twice. Keep one.")
+        seen.add(logical)
+
+
+def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shardings for a tree whose leaves carry logical axes; others are replicated.
+
+    Args:
+      boxed: abstract parameters from `jax.eval_shape` over a model's `init`.
+      mesh: where to.
+      rules: logical axis → mesh axis.
+    """
+    check_rules(rules)
+    specs = nn.get_partition_spec(boxed)
+    return nn.logical_to_mesh_sharding(specs, mesh, list(rules))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch's leading axis."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Checks that a batch can be dealt out.
+
+    Raises:
+      InputError: it doesn't divide by the mesh's data and fsdp axes.
+    """
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % shares:
+        raise InputError(
+            f"pipeline.train.batch_size is {batch_size}; it must be a positive multiple of "
+            f"{shares}, the mesh's data × fsdp."
+        )

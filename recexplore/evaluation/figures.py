@@ -1,0 +1,149 @@
+"""The report's figures, as SVG text. matplotlib's object interface only: no global state."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+
+_COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
+_STYLE = {
+    "svg.hashsalt": "recexplore",
+    "svg.fonttype": "path",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e2e8f0",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Training and validation loss by step, one panel a model.
+
+    Args:
+      curves: model → the lines of its metrics.jsonl.
+    """
+    columns = min(4, max(1, len(curves)))
+    rows = -(-len(curves) // columns)
+    figure, axes = _figure(3.1 * columns, 2.7 * rows, rows, columns)
+    for axis, (name, lines) in zip(axes, curves.items(), strict=False):
+        for key, label, colour in (
+            ("loss", "training", _COLOURS[0]),
+            ("validation_loss", "validation", _COLOURS[1]),
+        ):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                marker = "o" if key == "validation_loss" else ""
+                axis.plot(
+                    *zip(*points, strict=True), label=label, color=colour, marker=marker, ms=3
+                )
+        axis.set(title=name, xlabel="step", ylabel="loss")
+        axis.legend(fontsize=9)
+    for axis in axes[len(curves) :]:
+        axis.set_visible(False)
+    return _svg(figure)
+
+
+def scaling(
+    counts: Sequence[int], scores: Sequence[float], recalls: Sequence[float], k: int
+) -> str:
+    """What more proposals buy: the chosen clusters' score, and recall@k.
+
+    Args:
+      counts: n, numbers of proposals.
+      scores: mean alignment score, as a probability, of the best cluster for each n.
+      recalls: recall@k of the k best.
+      k: clusters kept.
+    """
+    figure, axes = _figure(8.4, 3.1, 1, 2)
+    for axis, values, label in (
+        (axes[0], scores, "predicted feedback of the best"),
+        (axes[1], recalls, f"recall@{k}"),
+    ):
+        axis.plot(counts, values, color=_COLOURS[0], marker="o")
+        axis.set_xscale("log")
+        axis.set_xticks(counts, [str(n) for n in counts])
+        axis.minorticks_off()
+        axis.set(xlabel="proposals n", ylabel=label)
+    return _svg(figure)
+
+
+def reliability(bins: Float[np.ndarray, "3 bins"]) -> str:
+    """Mean held-out label against mean prediction, by bin of prediction."""
+    figure, (axis,) = _figure(4.4, 3.6, 1, 1)
+    predicted, truth, _ = bins
+    low, high = min(predicted.min(), truth.min()), max(predicted.max(), truth.max())
+    axis.plot([low, high], [low, high], color="#a0aec0", linestyle="--", label="perfect")
+    axis.plot(predicted, truth, color=_COLOURS[0], marker="o", label="alignment model")
+    axis.set(xlabel="predicted feedback", ylabel="held-out feedback")
+    axis.legend(fontsize=9)
+    return _svg(figure)
+
+
+def cluster_map(
+    centroids: Float[np.ndarray, "M E"],
+    sizes: Int[np.ndarray, "M"],
+    branches: Int[np.ndarray, "M"],
+    descriptions: Sequence[str],
+    labelled: int = 24,
+) -> str:
+    """Clusters in the plane of their centroids' two main directions.
+
+    Args:
+      centroids: of the clusters.
+      sizes: interactions, the area of the dots.
+      branches: which branch of the tree each belongs to, the colour.
+      descriptions: of the clusters; the biggest that find room are written.
+      labelled: how many to write at most.
+    """
+    centred = centroids - centroids.mean(axis=0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    # The sign of a direction is arbitrary; fix it so that the picture is the same every time.
+    directions = directions[:2] * np.sign(directions[:2].sum(axis=1, keepdims=True) + 1e-12)
+    x, y = (centred @ directions.T).T
+    figure, (axis,) = _figure(9.0, 5.6, 1, 1)
+    area = 20 + 500 * sizes / max(sizes.max(), 1)
+    _, colours = np.unique(branches, return_inverse=True)
+    axis.scatter(
+        x, y, s=area, c=[_COLOURS[c % len(_COLOURS)] for c in colours], alpha=0.55, linewidths=0
+    )
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.margins(0.12)
+    _write_labels(figure, axis, x, y, sizes, descriptions, labelled)
+    return _svg(figure)
+
+
+def _write_labels(figure, axis, x, y, sizes, descriptions, labelled) -> None:
+    """Writes the biggest clusters' names where they don't overlap."""
+    figure.canvas.draw()
+    taken = []
+    for cluster in np.argsort(-sizes, kind="stable"):
+        text = axis.annotate(
+            descriptions[cluster], (x[cluster], y[cluster]), fontsize=9, ha="center", va="center"
+        )
+        box = text.get_window_extent().expanded(1.05, 1.15)
+        if len(taken) >= labelled or any(box.overlaps(other) for other in taken):
+            text.remove()
+        else:
+            taken.append(box)
+
+
+def _figure(width: float, height: float, rows: int, columns: int):
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.ravel())
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

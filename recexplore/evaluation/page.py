@@ -1,0 +1,116 @@
+"""Gathers from a work directory what the report shows."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recexplore import artifacts
+from recexplore.evaluation import figures
+from recexplore.evaluation.report import Contents, write_report
+from recexplore.interests.cluster_table import ClusterTable
+from recexplore.serving.exploration_table import ExplorationTable
+
+_METHODS = {
+    "popularity": "popularity",
+    "markov": "Markov, last cluster",
+    "pair_markov": "Markov, last two clusters",
+    "ease": "EASE, all clusters seen",
+}
+_TOP_BRANCHES = 3  # levels of the cluster tree that give the map its colours
+
+
+def write(
+    work: Path,
+    *,
+    model_folders: Mapping[str, Path],
+    novelty_histories: Mapping[str, int],
+    num_examples: int,
+) -> None:
+    """Writes report.html from the artefacts of all stages before it.
+
+    Args:
+      work: the work directory.
+      model_folders: model → folder with its metrics.jsonl.
+      novelty_histories: novelty model → how many clusters of history it reads.
+      num_examples: explorations shown in words.
+    """
+    clusters = ClusterTable.read(work / "clusters")
+    table = ExplorationTable.read(work / "exploration" / "exploration_table.parquet")
+    metrics = artifacts.read_json(work / "metrics.json")
+    scaling = artifacts.read_json(work / "evaluation" / "scaling.json")
+    bins = np.array(artifacts.read_json(work / "evaluation" / "calibration.json"))
+    curves = {name: _curves(folder) for name, folder in model_folders.items()}
+    methods = {
+        **_METHODS,
+        **{n: f"novelty model, {k} clusters" for n, k in novelty_histories.items()},
+        "novelty_sampled": "novelty model, likeliest of n samples",
+        "best_of_n": "best of n by alignment",
+    }
+    counts = [int(n) for n in scaling["n"]]
+    contents = Contents(
+        metrics=metrics,
+        methods=methods,
+        facts=_facts(work, clusters),
+        figures={
+            "Best of n: what more proposals buy, on held-out histories.": figures.scaling(
+                counts, scaling["score"], scaling["recall"], scaling["k"]
+            ),
+            "Calibration of the alignment model: a tenth of the held-out moves at each dot.": (
+                figures.reliability(bins)
+            ),
+            "Training: loss by step.": figures.training_curves(curves),
+            "Interest clusters by their centroids; area shows interactions, colour the branch of "
+            "the cluster tree.": figures.cluster_map(
+                clusters.centroids,
+                clusters.num_interactions,
+                _branches(clusters),
+                clusters.descriptions,
+            ),
+        },
+        explorations=_some_explorations(table, clusters.descriptions, work, num_examples),
+        configuration=(work / "evaluation" / "config.gin").read_text(encoding="utf-8"),
+    )
+    write_report(work / "report.html", contents)
+
+
+def _curves(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _facts(work: Path, clusters: ClusterTable) -> dict[str, Any]:
+    return {
+        **artifacts.read_json(work / "interactions" / "counts.json"),
+        "clusters": clusters.num_clusters,
+        **artifacts.read_json(work / "feedback" / "counts.json"),
+    }
+
+
+def _branches(clusters: ClusterTable) -> np.ndarray:
+    """The tree node a few levels down that each cluster hangs from."""
+    return np.array(
+        [(path[:_TOP_BRANCHES] or [cluster])[-1] for cluster, path in enumerate(clusters.paths)]
+    )
+
+
+def _some_explorations(table: ExplorationTable, descriptions: list[str], work: Path, count: int):
+    """The explorations of the histories that users stood at most often, no two with the same end."""
+    histories = artifacts.read_table(work / "feedback" / "histories.parquet", artifacts.HISTORIES)
+    order = np.argsort(-histories["count"].to_numpy(), kind="stable")
+    shown, ends = [], set()
+    for history in histories["history"].take(order).to_pylist():
+        exploration = table.look_up(history)
+        if exploration is None or history[-1] in ends:
+            continue
+        ends.add(history[-1])
+        chosen = [
+            (descriptions[cluster], 1 / (1 + float(np.exp(-score))), log_probability)
+            for cluster, score, log_probability in zip(*exploration, strict=True)
+        ]
+        shown.append(([descriptions[cluster] for cluster in history], chosen[:5]))
+        if len(shown) == count:
+            break
+    return shown

@@ -1,0 +1,1 @@
+"""The compiled step: arrays in, arrays out; no logs, no text."""

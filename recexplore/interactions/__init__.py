@@ -1,0 +1,1 @@
+"""Any log → one schema."""

@@ -1,0 +1,1 @@
+"""Items → interest clusters, described in words."""

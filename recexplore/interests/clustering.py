@@ -1,0 +1,67 @@
+"""Items → a hierarchy of interest clusters."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from sklearn.cluster import BisectingKMeans
+
+from recexplore.errors import InputError
+
+
+class ItemClustering(NamedTuple):
+    """Where items went.
+
+    Attributes:
+      labels: the leaf cluster of each item, 0 .. M - 1.
+      paths: for each leaf the inner nodes above it, from the top; numbers from M on.
+    """
+
+    labels: Int[np.ndarray, "I"]
+    paths: list[list[int]]
+
+
+def cluster_items(
+    embeddings: Float[np.ndarray, "I E"],
+    *,
+    num_clusters: int,
+    seed: int = 0,
+    restarts: int = 3,
+) -> ItemClustering:
+    """Splits the widest cluster (largest inertia) in two until there are `num_clusters` (bisecting k-means).
+
+    Args:
+      embeddings: one row for each item.
+      num_clusters: M, number of leaves.
+      seed: of the splits.
+      restarts: splits tried for each, the best of which is kept.
+
+    Raises:
+      InputError: fewer different items than clusters, or fewer than 2 clusters.
+    """
+    different = len(np.unique(embeddings, axis=0))
+    if not 2 <= num_clusters <= different:
+        raise InputError(
+            f"clustering.cluster_items.num_clusters is {num_clusters}; it must lie between 2 and "
+            f"the number of different items, {different}."
+        )
+    model = BisectingKMeans(
+        num_clusters, random_state=seed, n_init=restarts, bisecting_strategy="biggest_inertia"
+    ).fit(embeddings)
+    paths = _paths(model._bisecting_tree, num_clusters)
+    return ItemClustering(model.labels_.astype(np.int32), paths)
+
+
+def _paths(tree, num_clusters: int) -> list[list[int]]:
+    """The inner nodes above each leaf of scikit-learn's tree, numbered from the top."""
+    paths: list[list[int]] = [[] for _ in range(num_clusters)]
+    next_id = num_clusters
+    waiting = [(tree, [])]
+    while waiting:
+        node, above = waiting.pop(0)
+        if node.left is None:
+            paths[node.label] = above
+            continue
+        here, next_id = [*above, next_id], next_id + 1
+        waiting += [(node.left, here), (node.right, here)]
+    return paths

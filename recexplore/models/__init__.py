@@ -1,0 +1,1 @@
+"""flax.linen networks. They know nothing of recommendation."""

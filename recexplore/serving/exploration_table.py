@@ -1,0 +1,86 @@
+"""The exploration table: every history's answer, computed beforehand."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+
+from recexplore import artifacts
+from recexplore.errors import InputError
+
+
+class Exploration(NamedTuple):
+    """The clusters chosen for one history, best first, with both models' opinions."""
+
+    clusters: list[int]
+    scores: list[float]
+    log_probabilities: list[float]
+
+
+class ExplorationTable:
+    """History → exploration.
+
+    Args:
+      table: EXPLORATION_TABLE.
+
+    Raises:
+      InputError: a history stands there twice, or a row's lists are of different lengths.
+    """
+
+    def __init__(self, table: pa.Table):
+        columns = [table[name].to_pylist() for name in artifacts.EXPLORATION_TABLE.names]
+        self._rows: dict[tuple[int, ...], Exploration] = {}
+        for history, *answer in zip(*columns, strict=True):
+            if tuple(history) in self._rows:
+                raise InputError(f"The exploration table holds the history {history} twice.")
+            if len(set(map(len, answer))) != 1:
+                raise InputError(
+                    f"The exploration table's row for {history} has lists of different lengths: "
+                    "clusters, scores and log_probabilities must match."
+                )
+            self._rows[tuple(history)] = Exploration(*answer)
+        self._table = table
+
+    @classmethod
+    def build(
+        cls,
+        histories: Sequence[Sequence[int]],
+        clusters: Int[np.ndarray, "B k"],
+        scores: Float[np.ndarray, "B k"],
+        log_probabilities: Float[np.ndarray, "B k"],
+    ) -> "ExplorationTable":
+        """From the arrays of the compiled step; -1 marks places that weren't filled."""
+        filled = [row >= 0 for row in clusters]
+
+        def lists(values):
+            return [row[kept].tolist() for row, kept in zip(values, filled, strict=True)]
+
+        columns = [list(map(list, histories)), *map(lists, (clusters, scores, log_probabilities))]
+        table = pa.table(dict(zip(artifacts.EXPLORATION_TABLE.names, columns, strict=True)))
+        return cls(table.cast(artifacts.EXPLORATION_TABLE))
+
+    @classmethod
+    def read(cls, path: Path) -> "ExplorationTable":
+        """Reads a table.
+
+        Raises:
+          InputError: the file is missing, damaged, or not an exploration table.
+        """
+        return cls(artifacts.read_table(path, artifacts.EXPLORATION_TABLE))
+
+    def write(self, path: Path) -> None:
+        """Writes the table as Parquet, atomically."""
+        artifacts.write_table(path, self._table, artifacts.EXPLORATION_TABLE)
+
+    def look_up(self, history: Sequence[int]) -> Exploration | None:
+        """The exploration of a history, oldest cluster first; None if it isn't in the table."""
+        return self._rows.get(tuple(history))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], Exploration]]:
+        return iter(self._rows.items())

@@ -1,0 +1,1 @@
+"""Users whose truth is known."""

@@ -1,0 +1,1 @@
+"""Rows in words → token batches, as SeqIO tasks."""

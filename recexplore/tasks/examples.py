@@ -1,0 +1,127 @@
+"""Transitions and collective feedback → training examples in words."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recexplore.errors import InputError
+from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
+
+_PROMPTS_FOR_VOCABULARY = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One training example in words.
+
+    Attributes:
+      inputs: the prompt.
+      targets: the description of the cluster in question.
+      seen: clusters that are not candidates any more, because the user knew them.
+      label: what the alignment model is to say, 0..1; 0 where there is none.
+      weight: how much the example counts.
+    """
+
+    inputs: str
+    targets: str
+    seen: Sequence[int] = ()
+    label: float = 0.0
+    weight: float = 1.0
+
+
+def engaged(transitions: pa.Table, split: str) -> pa.Table:
+    """The transitions of a split whose next cluster the user didn't skip."""
+    wanted = pc.and_(pc.equal(transitions["split"], split), pc.invert(transitions["skipped"]))
+    return transitions.filter(wanted)
+
+
+def diversify(
+    transitions: pa.Table, *, max_share_per_cluster: float = 0.05, seed: int = 0
+) -> pa.Table:
+    """Caps how many transitions lead to any one cluster, so that popular ones don't swamp the rest.
+
+    Args:
+      transitions: TRANSITIONS.
+      max_share_per_cluster: no next cluster keeps more than this share of the rows given; which
+        ones it keeps is drawn at random.
+      seed: of the draw.
+
+    Returns:
+      The rows kept, in their order.
+
+    Raises:
+      InputError: a share out of range.
+    """
+    if not 0 < max_share_per_cluster <= 1:
+        raise InputError(
+            f"examples.diversify.max_share_per_cluster is {max_share_per_cluster}; it must lie "
+            "between 0 and 1."
+        )
+    targets = transitions["next_cluster"].to_numpy()
+    most = max(1, int(max_share_per_cluster * len(targets)))
+    order = np.random.default_rng(seed).permutation(len(targets))
+    by_target = order[np.argsort(targets[order], kind="stable")]
+    grouped = targets[by_target]
+    first = np.searchsorted(grouped, grouped)
+    kept = by_target[np.arange(len(grouped)) - first < most]
+    return transitions.take(np.sort(kept))
+
+
+def novelty_examples(
+    transitions: pa.Table, descriptions: Sequence[str], history_length: int
+) -> list[Example]:
+    """History → description of the next cluster.
+
+    Args:
+      transitions: TRANSITIONS, one example each.
+      descriptions: of all clusters.
+      history_length: the prompt names the last so many clusters.
+    """
+    columns = (transitions[name].to_pylist() for name in ("history", "next_cluster", "seen"))
+    return [
+        Example(
+            novelty_prompt([descriptions[c] for c in history[-history_length:]]),
+            descriptions[target],
+            seen,
+        )
+        for history, target, seen in zip(*columns, strict=True)
+    ]
+
+
+def alignment_examples(
+    collective: pa.Table, split: str, descriptions: Sequence[str]
+) -> list[Example]:
+    """History and cluster → collective feedback, weighted by the number of users behind it.
+
+    Args:
+      collective: COLLECTIVE.
+      split: train or validation.
+      descriptions: of all clusters.
+    """
+    rows = collective.filter(pc.equal(collective["split"], split))
+    columns = (rows[name].to_pylist() for name in ("history", "next_cluster", "label", "count"))
+    return [
+        Example(
+            alignment_prompt([descriptions[c] for c in history]),
+            descriptions[target],
+            label=label,
+            weight=float(count),
+        )
+        for history, target, label, count in zip(*columns, strict=True)
+    ]
+
+
+def some_prompts(
+    transitions: pa.Table, descriptions: Sequence[str], history_length: int
+) -> list[str]:
+    """Prompts of both models over training transitions, to train the vocabulary on."""
+    rows = engaged(transitions, "train")
+    every = max(1, rows.num_rows // _PROMPTS_FOR_VOCABULARY)
+    histories = [
+        [descriptions[c] for c in history[-history_length:]]
+        for history in rows["history"].to_pylist()[::every]
+    ]
+    return [make(history) for history in histories for make in (novelty_prompt, alignment_prompt)]
