@@ -156,3 +156,7 @@ def _fail(message: str, status: int = _EXIT_BAD_INPUT) -> int:
     paragraph = textwrap.fill(f"recexplore: {message}", 100, break_long_words=False)
     print(paragraph, file=sys.stderr)
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,9 @@
 """The system, stage by stage: what each reads, does and writes.
 
-    interactions → clusters → feedback → vocabulary, examples → models → exploration → metrics, report
+    interactions → clusters → feedback → vocabulary, examples → models → exploration → report
 
-A stage is a function (work directory, progress, …) → nothing: it reads artefacts that earlier stages
-left in the work directory and writes its own. What may be chosen about it comes as further
+A stage is a function (work directory, progress, …) → nothing: it reads artefacts that earlier
+stages left in the work directory and writes its own. What may be chosen about it comes as further
 arguments, bound by gin. Modules are imported inside the stages, so that asking for help or finding
 that nothing is left to do costs no JAX or TensorFlow.
 """
@@ -147,7 +147,7 @@ def aggregate(
     collective_feedback: Callable[..., Any],
     history_length: int,
     max_history: int,
-    look_back_days: float | None = None,
+    look_back_days: int | float | None = None,
 ) -> None:
     """The log and its clusters → novel transitions, collective feedback, histories.
 

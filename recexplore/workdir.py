@@ -74,7 +74,7 @@ class Status:
 
     Attributes:
       reason: why it isn't up to date; empty when it is.
-      made_otherwise: how the configuration that made it differs from today's; empty when it doesn't.
+      made_otherwise: how the configuration that made it differs from today's, if it does.
     """
 
     reason: str = ""

@@ -67,7 +67,7 @@ def test_reachable_bindings_follow_references_scopes_and_macros():
 
 
 def test_overrides_win_over_files_and_later_files_over_earlier_ones():
-    first = write("first.gin", "toy.inner.size = 1\ntoy.inner.factor = 1.0\n")
+    write("first.gin", "toy.inner.size = 1\ntoy.inner.factor = 1.0\n")
     second = write("second.gin", "include 'first.gin'\ntoy.inner.size = 2\n")
     run = Configuration([second], ["toy.inner.factor = 2.5"])
     assert run.reachable_from("toy.inner") == {"toy.inner.size": "2", "toy.inner.factor": "2.5"}

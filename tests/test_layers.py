@@ -16,11 +16,12 @@ ROOMS = {
     "tasks": {"errors", "artifacts", "interactions", "interests", "feedback"},
     "distributed": {"errors"},
     "models": {"errors", "distributed"},
+    "explorer": {"errors", "artifacts", "tasks", "models", "inference"},
     "training": {"errors", "distributed", "models"},
     "inference": {"errors", "models"},
     "serving": {"errors", "artifacts", "models", "inference"},
     "simulation": {"errors", "artifacts", "interactions"},
-    "evaluation": {"errors", "artifacts", "serving", "simulation", "feedback"},
+    "evaluation": {"errors", "artifacts", "interests", "serving", "simulation", "feedback"},
     "configuration": {"errors"},
     "workdir": {"errors", "artifacts", "configuration", "progress"},
 }

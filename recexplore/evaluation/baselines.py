@@ -89,8 +89,8 @@ def pair_markov(train: Rows, smoothing: float, pair_smoothing: float) -> Scorer:
 def ease(train: Rows, ridge: float) -> Scorer:
     """EASE (Steck 2019) on the set of clusters a user has met.
 
-    With X the users × clusters matrix, P = (XᵀX + ridge · I)⁻¹ and B = −P / diag(P) off the diagonal,
-    0 on it, the scores are x B for a user's set x.
+    With X the users × clusters matrix, P = (XᵀX + ridge · I)⁻¹ and B = −P / diag(P) off the
+    diagonal, 0 on it, the scores are x B for a user's set x.
     """
     _, place = np.unique(train.users, return_inverse=True)
     sets = np.zeros((place.max() + 1, train.num_clusters))

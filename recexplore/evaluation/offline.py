@@ -205,7 +205,8 @@ def scaling(
       num_chosen: k.
 
     Returns:
-      "n", "score" (mean predicted feedback of the best) and "recall" (recall@k), a value for each n.
+      A value for each n of "n", "score" (mean predicted feedback of the best) and "recall"
+      (recall@k).
     """
     best = [1 / (1 + np.exp(-scores[:, :n].max(axis=1).astype(np.float64))) for n in counts]
     lists = [choose(clusters[:, :n], scores[:, :n], num_chosen) for n in counts]

@@ -97,7 +97,7 @@ def _branches(clusters: ClusterTable) -> np.ndarray:
 
 
 def _some_explorations(table: ExplorationTable, descriptions: list[str], work: Path, count: int):
-    """The explorations of the histories that users stood at most often, no two with the same end."""
+    """Explorations of the histories at which most users stood, no two with the same end."""
     histories = artifacts.read_table(work / "feedback" / "histories.parquet", artifacts.HISTORIES)
     order = np.argsort(-histories["count"].to_numpy(), kind="stable")
     shown, ends = [], set()

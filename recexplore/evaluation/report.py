@@ -83,9 +83,9 @@ def _summary(metrics: Mapping[str, float]) -> str:
         f"cluster among its first ten in <b>{value('novelty/recall@10'):.1%}</b> of held-out moves "
         f"(popularity {value('popularity/recall@10'):.1%}, Markov "
         f"{value('markov/recall@10'):.1%}). The alignment model orders "
-        f"<b>{value('alignment/pairwise_accuracy'):.1%}</b> of pairs of held-out feedback correctly "
-        f"(the next cluster's mean: {value('target_mean/pairwise_accuracy'):.1%}). The exploration "
-        f"table answers {value('explore/histories'):,.0f} histories with "
+        f"<b>{value('alignment/pairwise_accuracy'):.1%}</b> of pairs of held-out feedback "
+        f"correctly (the next cluster's mean: {value('target_mean/pairwise_accuracy'):.1%}). The "
+        f"exploration table answers {value('explore/histories'):,.0f} histories with "
         f"{value('explore/distinct_clusters'):.0f} distinct clusters; "
         f"{value('explore/valid_fraction'):.0%} of its answers are clusters that exist and "
         f"{value('explore/novel_fraction'):.0%} are new to the history.</p>"
@@ -120,8 +120,8 @@ def _ranking_table(contents: Contents) -> str:
     head = "".join(f"<th class='n'>{head}</th>" for head in heads)
     return (
         f"<table><tr><th>method</th>{head}</tr>{''.join(rows)}</table>"
-        "<p class='lead'>Every cluster is ranked for every held-out novel transition. Small figures "
-        "are 95 % intervals, users resampled. The best of each column is bold.</p>"
+        "<p class='lead'>Every cluster is ranked for every held-out novel transition. Small "
+        "figures are 95 % intervals, users resampled. The best of each column is bold.</p>"
     )
 
 

@@ -1,8 +1,8 @@
 """Collective feedback: how everyone who made the same move liked it.
 
-Single reactions are noise; the reactions of all users who went from one history to one next cluster,
-taken together, say how good that move is (arXiv 2504.05522, section 3.2). Few users make the same
-move, so the mean is shrunk towards what is known of the next cluster alone.
+Single reactions are noise; the reactions of all users who went from one history to one next
+cluster, taken together, say how good that move is (arXiv 2504.05522). Few users make the same move,
+so the mean is shrunk towards what is known of the next cluster alone.
 """
 
 from collections.abc import Mapping

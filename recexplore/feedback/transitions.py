@@ -101,7 +101,7 @@ def novel_transitions(
     splits: SplitTimes,
     *,
     max_history: int,
-    look_back_days: float | None = None,
+    look_back_days: int | float | None = None,
 ) -> ir.Table:
     """TRANSITIONS of a log: every move into a cluster that was new to its user.
 
@@ -163,7 +163,7 @@ def histories_in_log(
     item_clusters: ir.Table,
     *,
     history_length: int,
-    look_back_days: float | None = None,
+    look_back_days: int | float | None = None,
 ) -> ir.Table:
     """HISTORIES: the last `history_length` clusters at which some user stood after some event.
 
@@ -193,7 +193,7 @@ def histories_in_log(
     )
 
 
-def _seconds(look_back_days: float | None) -> int | None:
+def _seconds(look_back_days: int | float | None) -> int | None:
     if look_back_days is None:
         return None
     if not look_back_days > 0:

@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ibis
 import ibis.expr.types as ir
@@ -144,7 +145,7 @@ def _check_utf8(path: str) -> None:
                 ) from error
 
 
-def _guarded(read: Callable[[], ir.Table], source: str) -> ir.Table:
+def _guarded(read: Callable[[], Any], source: str) -> Any:
     """Turns whatever a back end raises into one paragraph; each has exceptions of its own."""
     try:
         return read()

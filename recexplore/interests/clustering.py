@@ -28,7 +28,7 @@ def cluster_items(
     seed: int = 0,
     restarts: int = 3,
 ) -> ItemClustering:
-    """Splits the widest cluster (largest inertia) in two until there are `num_clusters` (bisecting k-means).
+    """Bisecting k-means: splits the widest cluster in two until there are `num_clusters`.
 
     Args:
       embeddings: one row for each item.

@@ -53,8 +53,8 @@ def describe_clusters(
                 break
         else:
             raise InputError(
-                f"Clusters {taken[frozenset(candidate)]} and {cluster} can't be told apart in words: their "
-                "items share all of them. Give items more text, or bind fewer "
+                f"Clusters {taken[frozenset(candidate)]} and {cluster} can't be told apart in "
+                "words: their items share all of them. Give items more text, or bind fewer "
                 "clustering.cluster_items.num_clusters."
             )
         taken[frozenset(candidate)] = cluster

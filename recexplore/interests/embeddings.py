@@ -61,7 +61,7 @@ def _given_embeddings(given: pa.ChunkedArray) -> np.ndarray:
 
 
 def _text_factors(items: pa.Table, dimensions: int, seed: int) -> np.ndarray:
-    texts = [f"{t} {x}" for t, x in zip(*(items[c].to_pylist() for c in ("title", "text")))]
+    texts = [f"{item['title']} {item['text']}" for item in items.to_pylist()]
     vectorizer = TfidfVectorizer(stop_words="english", min_df=3, sublinear_tf=True)
     try:
         counts = vectorizer.fit_transform(texts)

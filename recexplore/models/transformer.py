@@ -29,6 +29,8 @@ class TransformerConfig:
       mlp_dim: width of the gated MLP's hidden layer.
       max_length: longest sequence, prompt and description together.
       rope_theta: base of the rotary wavelengths.
+      tied_embeddings: the output layer is the embedding table; otherwise one of its own, which
+        starts at zero.
       dropout_rate: on the embeddings and on what each block adds.
       dtype: of activations; parameters are float32.
       scan_unroll: layers compiled side by side; more run faster and compile longer.
@@ -43,6 +45,7 @@ class TransformerConfig:
     mlp_dim: int
     max_length: int
     rope_theta: float = 10_000.0
+    tied_embeddings: bool = True
     dropout_rate: float = 0.0
     dtype: str = "float32"
     scan_unroll: int = 1
@@ -105,7 +108,7 @@ class Attention(nn.Module):
         value = _parameter(
             self, "value", (c.model_dim, *groups), ("embed", "heads", "kv"), c.model_dim
         )
-        out_fan_in = c.num_heads * c.head_dim * 2 * c.num_layers
+        out_fan_in = c.num_heads * c.head_dim
         out = _parameter(self, "out", (*heads, c.model_dim), ("heads", "kv", "embed"), out_fan_in)
         queries = rotate(jnp.einsum("...d,dhk->...hk", x, query), positions, c.rope_theta)
         keys = rotate(jnp.einsum("...d,dhk->...hk", x, key), positions, c.rope_theta)
@@ -124,8 +127,7 @@ class GatedMLP(nn.Module):
         c = self.config
         gate = _parameter(self, "wi_0", (c.model_dim, c.mlp_dim), ("embed", "mlp"), c.model_dim)
         up = _parameter(self, "wi_1", (c.model_dim, c.mlp_dim), ("embed", "mlp"), c.model_dim)
-        fan_in = c.mlp_dim * 2 * c.num_layers
-        down = _parameter(self, "wo", (c.mlp_dim, c.model_dim), ("mlp", "embed"), fan_in)
+        down = _parameter(self, "wo", (c.mlp_dim, c.model_dim), ("mlp", "embed"), c.mlp_dim)
         return (nn.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -166,6 +168,11 @@ class Transformer(nn.Module):
         self.token_embedder = self.param(
             "token_embedder", initializer, (c.vocab_size, c.model_dim), jnp.float32
         )
+        if not c.tied_embeddings:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab", "embed"))
+            self.logits_dense = self.param(
+                "logits_dense", zeros, (c.vocab_size, c.model_dim), jnp.float32
+            )
         scanned = nn.scan(
             Block,
             variable_axes={"params": 0},
@@ -224,21 +231,24 @@ class Transformer(nn.Module):
         """
         masks = (*context_masks, own_mask)
         x = jnp.take(self.token_embedder, tokens, axis=0).astype(self.config.dtype)
-        x = self.dropout(x * self.config.model_dim**0.5, deterministic=deterministic)
+        x = self.dropout(x, deterministic=deterministic)
         x, own = self.layers(x, context, positions, masks, deterministic)
         return self.decoder_norm(x), own
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Logits over the whole vocabulary, in float32; input and output embeddings are tied."""
-        table = self.token_embedder.astype(hidden.dtype)
+        """Logits over the whole vocabulary, in float32."""
+        table = self._output_table().astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def token_logits(
         self, hidden: Float[Array, "*batch D"], tokens: Int[Array, "*batch C"]
     ) -> Float[Array, "*batch C"]:
         """Logits of C given tokens only, in float32; the rest of the vocabulary is not touched."""
-        rows = jnp.take(self.token_embedder, tokens, axis=0).astype(hidden.dtype)
+        rows = jnp.take(self._output_table(), tokens, axis=0).astype(hidden.dtype)
         return jnp.einsum("...d,...cd->...c", hidden, rows, preferred_element_type=jnp.float32)
+
+    def _output_table(self) -> Float[Array, "V D"]:
+        return self.token_embedder if self.config.tied_embeddings else self.logits_dense
 
 
 def _row(vector: Array, ndim: int) -> Array:

@@ -112,14 +112,14 @@ def build_trie(sequences: Sequence[Sequence[int]], eos_id: int, vocab_size: int)
     )
 
 
-def allowed_running_sum(trie: Trie, excluded: Bool[Array, "B M"]) -> Int[Array, "B M+1"]:
+def allowed_running_sum(trie: Trie, excluded: Bool[Array, "B M"]) -> Int[Array, "B sums"]:
     """Running count of allowed sequences in leaf order, for `num_allowed_below`."""
     allowed = ~jnp.take(excluded, trie.leaf_order, axis=1)
     return jnp.pad(jnp.cumsum(allowed, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def num_allowed_below(
-    trie: Trie, running_sum: Int[Array, "B M+1"], nodes: Int[Array, "B *more"]
+    trie: Trie, running_sum: Int[Array, "B sums"], nodes: Int[Array, "B *more"]
 ) -> Int[Array, "B *more"]:
     """How many allowed sequences can still be reached from each node."""
     flat = nodes.reshape(nodes.shape[0], -1)

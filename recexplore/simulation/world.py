@@ -107,8 +107,8 @@ def simulate_log(
 ) -> InteractionLog:
     """Days of watching on a platform whose recommender learns from its own log.
 
-    Every day each active user gets `slots_per_day` items: most from topics they have watched, ranked
-    by what the production recommender learnt up to the day before, a small share at random over all
+    Every day each active user gets `slots_per_day` items: most from topics they have watched, by
+    what the production recommender learnt up to the day before, a small share at random over all
     items. Propensities and the policy of each slot are logged.
 
     Args:

@@ -22,6 +22,7 @@ def train_vocabulary(
     descriptions: Sequence[str],
     *,
     size: int = 1024,
+    whole_descriptions: bool = True,
 ) -> None:
     """Trains a unigram SentencePiece model and checks that it can spell every description.
 
@@ -31,26 +32,30 @@ def train_vocabulary(
       folder: gets sentencepiece.model.
       prompts: a sample of the prompts.
       descriptions: all descriptions of clusters.
-      size: number of pieces at most; a small corpus gives fewer.
+      size: number of pieces at most, besides whole descriptions; a small corpus gives fewer.
+      whole_descriptions: every description is one piece. A small model that is trained from nothing
+        then learns about clusters directly, and prompts are short; with word pieces it would first
+        have to learn that "crime thriller" and "thriller drama" are different things.
 
     Raises:
       InputError: the size is too small for the characters alone, or a description can't be spelt.
     """
     # Descriptions count as much as prompts, so that the words of rare clusters become pieces too.
     repeats = 1 + len(prompts) // max(len(descriptions), 1)
+    whole = [*INSTRUCTIONS, *(descriptions if whole_descriptions else [])]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([*prompts, *(list(descriptions) * repeats)]),
             model_writer=model,
-            vocab_size=size,
+            vocab_size=size + len(whole),
             model_type="unigram",
             hard_vocab_limit=False,
             pad_id=PAD_ID,
             eos_id=EOS_ID,
             unk_id=UNKNOWN_ID,
             bos_id=-1,
-            user_defined_symbols=list(INSTRUCTIONS),
+            user_defined_symbols=[f"▁{text.replace(' ', '▁')}" for text in whole],
             character_coverage=1.0,
             num_threads=1,  # more would make the result depend on timing
             max_sentence_length=1 << 20,
@@ -59,7 +64,8 @@ def train_vocabulary(
     except (RuntimeError, OSError) as error:
         raise InputError(
             f"vocabulary.train_vocabulary.size is {size}; SentencePiece can't make a vocabulary "
-            f"of that size from these descriptions ({str(error).splitlines()[0]}). Try a larger one."
+            f"of that size from these descriptions ({str(error).splitlines()[0]}). Try a larger "
+            "one."
         ) from error
     with artifacts.new_file(folder / _FILE) as temporary:
         temporary.write_bytes(model.getvalue())

@@ -241,8 +241,8 @@ def _check_finite(loss: float, step: int, figures: dict[str, float], batch) -> N
         ids = ", ".join(str(i) for i in batch["example_id"][:16].tolist())
         raise InputError(
             f"The loss is {loss} at step {step} (learning rate {figures['learning_rate']:.3g}; "
-            f"examples of the batch begin with {ids}). The last good checkpoint is kept. Try a lower "
-            "trainer.Optimization.learning_rate."
+            f"examples of the batch begin with {ids}). The last good checkpoint is kept. Try a "
+            "lower trainer.Optimization.learning_rate."
         )
 
 

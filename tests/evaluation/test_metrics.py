@@ -1,0 +1,153 @@
+"""Metrics and baselines against brute force, scipy and arithmetic."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recexplore.evaluation import baselines, metrics, offline
+from recexplore.evaluation.baselines import Rows
+
+
+def test_ranks_leave_out_the_excluded_and_share_ties():
+    scores = np.array([[3.0, 2.0, 2.0, 1.0]] * 3)
+    excluded = np.zeros((3, 4), bool)
+    excluded[1, 0] = excluded[2, 2] = True
+    found = metrics.ranks(scores, np.array([1, 1, 1]), excluded)
+    assert found.tolist() == [1 + 0.5, 0 + 0.5, 1.0]
+
+
+def test_recall_and_ndcg_by_hand():
+    rank = np.array([0.0, 1.0, 9.5, 10.0, np.inf])
+    assert metrics.recall(rank, 10).tolist() == [1, 1, 1, 0, 0]
+    expected = [1.0, 1 / np.log2(3), 1 / np.log2(11.5), 0, 0]
+    assert metrics.ndcg(rank, 10).tolist() == pytest.approx(expected)
+
+
+def test_ranks_in_lists():
+    lists = np.array([[4, 2, -1], [1, 0, 3]])
+    assert metrics.ranks_in_lists(lists, np.array([2, 2])).tolist() == [1.0, np.inf]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2)), min_size=2, max_size=30
+    ),
+    grouped=st.booleans(),
+)
+def test_pairwise_accuracy_is_a_count_over_all_pairs(rows, grouped):
+    predicted, truth, groups = (np.array(c) for c in zip(*rows, strict=True))
+    right = total = 0.0
+    for i, j in itertools.combinations(range(len(rows)), 2):
+        if truth[i] == truth[j] or (grouped and groups[i] != groups[j]):
+            continue
+        total += 1
+        if predicted[i] == predicted[j]:
+            right += 0.5
+        else:
+            right += (predicted[i] < predicted[j]) == (truth[i] < truth[j])
+    found = metrics.pairwise_accuracy(
+        predicted.astype(float), truth.astype(float), groups if grouped else None
+    )
+    assert found == pytest.approx(right / total) if total else np.isnan(found)
+
+
+def test_spearman_is_scipys_and_zero_for_a_constant():
+    x, y = np.random.default_rng(0).normal(size=(2, 50))
+    assert metrics.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    assert metrics.spearman(np.ones(5), np.arange(5.0)) == 0.0
+
+
+def test_entropy_of_equal_shares_is_their_logarithm():
+    assert metrics.entropy(np.array([3, 3, 0, 3, 3])) == pytest.approx(2.0)
+
+
+def test_calibration_of_a_constant_offset():
+    predicted = np.linspace(0.2, 0.8, 100)
+    bins = metrics.calibration(predicted, predicted + 0.1, np.ones(100), bins=5)
+    assert bins.shape == (3, 5) and bins[2].tolist() == [20.0] * 5
+    assert metrics.calibration_error(bins) == pytest.approx(0.1)
+
+
+def test_the_bootstrap_resamples_users_not_rows():
+    random = np.random.default_rng(0)
+    by_user = random.integers(0, 2, 100).astype(float)
+    values, users = np.repeat(by_user, 50), np.repeat(np.arange(100), 50)
+    low, high = metrics.bootstrap_interval(values, users)
+    expected = 1.96 * by_user.std() / 10  # of 100 users, not of 5,000 rows
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.2)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), min_size=1, max_size=8))
+def test_choosing_keeps_distinct_clusters_best_first(proposals):
+    values = np.array([4.0, 1.0, 3.0, 3.0, 0.0, 2.0])  # of each cluster; 2 and 3 tie
+    clusters = np.array([[c for c, _ in proposals]])
+    found = offline.choose(clusters, values[clusters], 3)[0]
+    expected = sorted(set(clusters[0].tolist()), key=lambda c: (-values[c], c))[:3]
+    assert found.tolist() == expected + [-1] * (3 - len(expected))
+
+
+def some_rows(count=300, size=8, seed=0):
+    random = np.random.default_rng(seed)
+    last_two = np.array([random.choice(size, 2, replace=False) for _ in range(count)])
+    seen = np.zeros((count, size), bool)
+    np.put_along_axis(seen, last_two, True, axis=1)
+    targets = (last_two[:, 1] + 1 + random.integers(0, 2, count)) % size
+    users = np.array([f"u{i % 40}" for i in range(count)])
+    return Rows(users, last_two.tolist(), last_two, targets, seen)
+
+
+def test_baselines_are_the_conditional_frequencies_they_claim_to_be():
+    rows = some_rows()
+    row = 5
+    a, b = rows.last_two[row]
+    after_b = rows.targets[rows.last_two[:, 1] == b]
+    popular = (np.bincount(rows.targets, minlength=8) + 1) / (len(rows.targets) + 8)
+    expected = (np.bincount(after_b, minlength=8) + 5 * popular) / (len(after_b) + 5)
+    assert baselines.markov(rows, 5.0)(rows)[row] == pytest.approx(expected)
+    after_both = rows.targets[(rows.last_two == (a, b)).all(axis=1)]
+    mixed = (np.bincount(after_both, minlength=8) + 3 * expected) / (len(after_both) + 3)
+    assert baselines.pair_markov(rows, 5.0, 3.0)(rows)[row] == pytest.approx(mixed)
+    counts = np.bincount(rows.targets, minlength=8)
+    assert baselines.popularity(rows)(rows)[row].tolist() == counts.tolist()
+
+
+def test_an_unknown_pair_backs_off_to_the_last_cluster():
+    train = some_rows()
+    unknown = train._replace(last_two=np.array([[7, 7]]), targets=train.targets[:1])
+    pair, single = baselines.pair_markov(train, 5.0, 3.0), baselines.markov(train, 5.0)
+    assert pair(unknown)[0] == pytest.approx(single(unknown)[0])
+
+
+def test_ease_is_ridge_regression_without_the_cluster_itself():
+    rows = some_rows()
+    users = np.unique(rows.users)
+    sets = np.zeros((len(users), 8))
+    for user, seen, target in zip(rows.users, rows.seen, rows.targets, strict=True):
+        sets[np.searchsorted(users, user)] += np.eye(8)[target] + seen
+    sets = (sets > 0).astype(float)
+    weights = np.zeros((8, 8))
+    for cluster in range(8):  # each column by its own ridge regression
+        others = [c for c in range(8) if c != cluster]
+        gram = sets[:, others].T @ sets[:, others] + 2.0 * np.eye(7)
+        weights[others, cluster] = np.linalg.solve(gram, sets[:, others].T @ sets[:, cluster])
+    found = baselines.ease(rows, 2.0)(rows)
+    np.testing.assert_allclose(found, rows.known_mask.astype(float) @ weights, atol=1e-8)
+
+
+def test_constants_are_chosen_on_validation():
+    fitted = baselines.fit_all(some_rows(seed=0), some_rows(seed=1))
+    assert set(fitted) == {"history", "seen"}
+    assert set(fitted["seen"]) == {"popularity", "markov", "pair_markov", "ease"}
+
+
+def test_the_target_mean_weights_by_users_and_falls_back_to_the_overall_mean():
+    found = baselines.target_mean(
+        np.array([0, 0, 2]), np.array([1.0, 0.4, 0.5]), np.array([1, 3, 4]), 3
+    )
+    assert found.tolist() == pytest.approx([(1.0 + 1.2) / 4, (1.0 + 1.2 + 2.0) / 8, 0.5])

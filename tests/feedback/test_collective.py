@@ -1,0 +1,114 @@
+"""Collective feedback against closed forms and known truth."""
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recexplore import artifacts
+from recexplore.errors import InputError
+from recexplore.feedback import collective
+
+
+def moves(rows, split="train"):
+    """(history, next, watch_fraction, liked, skipped) → TRANSITIONS."""
+    return pa.table(
+        {
+            "split": [split] * len(rows),
+            "history": pa.array([list(r[0]) for r in rows], pa.list_(pa.int32())),
+            "next_cluster": pa.array([r[1] for r in rows], pa.int32()),
+            "watch_fraction": [float(r[2]) for r in rows],
+            "liked": [bool(r[3]) for r in rows],
+            "shared": [False] * len(rows),
+            "skipped": [bool(r[4]) for r in rows],
+        }
+    )
+
+
+def test_the_reward_is_the_weighted_sum():
+    table = ibis.memtable(moves([((0, 1), 2, 0.8, True, False), ((0, 1), 2, 0.1, False, True)]))
+    values = table.select(r=collective.reward(table)).to_pyarrow()["r"].to_pylist()
+    assert values == pytest.approx([0.8 + 1.0, 0.1 - 1.0])
+    with pytest.raises(InputError, match="names .'smiled'"):
+        collective.reward(table, {"smiled": 1.0})
+
+
+def test_shrinkage_and_labels_by_hand():
+    rows = [((0, 1), 2, 1.0, False, False)] * 2 + [((3, 1), 2, 0.4, False, False)]
+    rows += [((0, 1), 4, 0.2, False, False)]
+    found = collective.collective_feedback(
+        ibis.memtable(moves(rows)), history_length=2, shrinkage=4.0, outliers=0.0, rounding=0.1
+    )
+    by_move = {(tuple(r["history"]), r["next_cluster"]): r for r in found.table.to_pylist()}
+    mean_of_2 = (1.0 + 1.0 + 0.4) / 3
+    shrunk = {
+        ((0, 1), 2): (2 * 1.0 + 4 * mean_of_2) / 6,
+        ((3, 1), 2): (1 * 0.4 + 4 * mean_of_2) / 5,
+        ((0, 1), 4): 0.2,
+    }
+    low, high = min(shrunk.values()), max(shrunk.values())
+    for move, value in shrunk.items():
+        assert by_move[move]["label"] == pytest.approx(round((value - low) / (high - low), 1))
+    assert by_move[((0, 1), 2)]["count"] == 2
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_held_out_rows_are_neither_shrunk_nor_rounded():
+    train = moves([((0, 1), 2, x, False, False) for x in (0.0, 1.0)])
+    train = pa.concat_tables([train, moves([((0, 1), 3, x, False, False) for x in (0.0, 0.2)])])
+    test = moves([((0, 1), 2, 0.337, False, False)], split="test")
+    found = collective.collective_feedback(
+        ibis.memtable(pa.concat_tables([train, test])),
+        history_length=2,
+        shrinkage=1.0,
+        outliers=0.0,
+    )
+    row = [r for r in found.table.to_pylist() if r["split"] == "test"][0]
+    assert row["reward"] == pytest.approx(0.337)
+    assert row["label"] == pytest.approx((0.337 - found.low) / (found.high - found.low))
+
+
+def test_histories_are_cut_to_their_last_clusters_and_rare_moves_dropped(tmp_path):
+    rows = [((9, 0, 1), 2, 0.5, False, False), ((8, 0, 1), 2, 0.7, False, False)]
+    rows += [((0, 5), 2, 0.9, False, False)]
+    found = collective.collective_feedback(
+        ibis.memtable(moves(rows)), history_length=2, min_count=2, shrinkage=1.0
+    )
+    artifacts.write_table(tmp_path / "c.parquet", found.table, artifacts.COLLECTIVE)
+    assert [(r["history"], r["count"]) for r in found.table.to_pylist()] == [([0, 1], 2)]
+    with pytest.raises(InputError, match="min_count = 9"):
+        collective.collective_feedback(ibis.memtable(moves(rows)), history_length=2, min_count=9)
+
+
+def test_the_estimate_finds_a_known_ratio_of_variances():
+    random = np.random.default_rng(0)
+    targets = np.repeat(np.arange(20), 200)
+    counts = random.integers(1, 8, len(targets))
+    true_means = random.normal(size=20)[targets] + 0.5 * random.normal(size=len(targets))
+    draws = [m + 1.5 * random.normal(size=n) for m, n in zip(true_means, counts, strict=True)]
+    means = np.array([d.mean() for d in draws])
+    squares = np.array([(d**2).mean() for d in draws])
+    found = collective.estimate_shrinkage(targets, counts, means, squares)
+    assert found == pytest.approx(1.5**2 / 0.5**2, rel=0.15)
+
+
+def test_moves_that_differ_by_noise_alone_are_shrunk_wholly():
+    random = np.random.default_rng(0)
+    counts = np.full(100, 3)
+    draws = random.normal(size=(100, 3))
+    draws = draws - draws.mean(axis=1, keepdims=True)
+    found = collective.estimate_shrinkage(
+        np.zeros(100, int), counts, draws.mean(axis=1), (draws**2).mean(axis=1)
+    )
+    assert found == 1e6
+    alone = np.ones(5, int)
+    assert collective.estimate_shrinkage(np.zeros(5, int), alone, np.arange(5.0), alone) == 1e6
+
+
+@pytest.mark.parametrize(
+    "argument", [{"rounding": 0.0}, {"min_count": 0}, {"shrinkage": -1.0}, {"outliers": 0.5}]
+)
+def test_arguments_out_of_range_are_named(argument):
+    table = ibis.memtable(moves([((0, 1), 2, 0.5, False, False)]))
+    with pytest.raises(InputError, match=f"collective_feedback.{next(iter(argument))} is"):
+        collective.collective_feedback(table, history_length=2, **argument)

@@ -1,0 +1,160 @@
+"""Vocabulary, examples and SeqIO batches."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recexplore.errors import InputError
+from recexplore.tasks import examples, prompts, seqio_tasks
+from recexplore.tasks.examples import Example
+from recexplore.tasks.vocabulary import EOS_ID, PAD_ID, UNKNOWN_ID, Vocabulary, train_vocabulary
+
+DESCRIPTIONS = ["space opera", "slow cooking", "space travel", "opera arias"]
+PROMPTS = [
+    make([a, b])
+    for make in (prompts.novelty_prompt, prompts.alignment_prompt)
+    for a in DESCRIPTIONS
+    for b in DESCRIPTIONS
+]
+# seqio and tensorflow warn of their own ways
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["phrases", "pieces"])
+def vocabulary(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("vocabulary")
+    train_vocabulary(folder, PROMPTS, DESCRIPTIONS, size=60, whole_descriptions=request.param)
+    return Vocabulary(folder)
+
+
+def test_text_survives_encoding_and_reserved_ids_are_never_tokens(vocabulary):
+    for text in [*PROMPTS, *DESCRIPTIONS]:
+        tokens = vocabulary.encode(text)
+        assert vocabulary.decode(tokens) == text
+        assert not {PAD_ID, EOS_ID, UNKNOWN_ID} & set(tokens)
+
+
+def test_whole_descriptions_are_one_token_and_pieces_are_shared(tmp_path):
+    train_vocabulary(tmp_path, PROMPTS, DESCRIPTIONS, size=60, whole_descriptions=True)
+    whole = Vocabulary(tmp_path)
+    assert [len(whole.encode(text)) for text in DESCRIPTIONS] == [1] * 4
+    assert len(whole.encode(PROMPTS[1])) == 6  # interests: a ; b ; next:
+
+
+def test_training_the_vocabulary_again_gives_the_same_bytes(tmp_path):
+    contents = []
+    for name in ("a", "b"):
+        train_vocabulary(tmp_path / name, PROMPTS, DESCRIPTIONS, size=60)
+        contents.append((tmp_path / name / "sentencepiece.model").read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_vocabularies_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(InputError, match="vocabulary.train_vocabulary.size is 3"):
+        train_vocabulary(tmp_path, PROMPTS, DESCRIPTIONS, size=3, whole_descriptions=False)
+    with pytest.raises(InputError, match="is missing. Run `recexplore tokenize`"):
+        Vocabulary(tmp_path / "nowhere")
+    (tmp_path / "sentencepiece.model").write_bytes(b"not a model")
+    with pytest.raises(InputError, match="is not a SentencePiece model"):
+        Vocabulary(tmp_path)
+
+
+def some_examples(count):
+    return [
+        Example(
+            PROMPTS[i % 16], DESCRIPTIONS[i % 4], seen=[i % 4, 3], label=i / count, weight=1.0 + i
+        )
+        for i in range(count)
+    ]
+
+
+def batches_of(folder, vocabulary, count=40, **options):
+    seqio_tasks.write_examples(some_examples(count), folder, "train")
+    task = seqio_tasks.make_task(f"task_{folder.name}", folder, vocabulary)
+    settings = {"batch_size": 8, "max_length": 40, "num_clusters": 4}
+    return seqio_tasks.Batches(task, "train", **{**settings, **options})
+
+
+def test_batches_hold_what_inference_will_see(tmp_path, vocabulary):
+    rows = some_examples(40)
+    count = 0
+    for batch in batches_of(tmp_path, vocabulary):
+        for place in range(8):
+            example = rows[batch["example_id"][place]]
+            length, split = batch["lengths"][place], batch["prompt_lengths"][place]
+            tokens = batch["tokens"][place]
+            prompt, lengths = vocabulary.encode_prompts([example.inputs], 100)
+            assert tokens[:split].tolist() == prompt[0, : lengths[0]].tolist()
+            assert tokens[split:length].tolist() == vocabulary.encode_description(example.targets)
+            assert (tokens[length:] == PAD_ID).all()
+            assert np.flatnonzero(batch["seen"][place]).tolist() == sorted(set(example.seen))
+            assert batch["label"][place] == pytest.approx(example.label)
+            assert batch["weight"][place] == example.weight
+            count += 1
+    assert count == 40
+
+
+def test_the_last_batch_is_filled_with_weightless_examples(tmp_path, vocabulary):
+    weights = np.concatenate([b["weight"] for b in batches_of(tmp_path, vocabulary, count=20)])
+    assert len(weights) == 24 and (weights > 0).sum() == 20
+
+
+def test_a_long_prompt_loses_its_oldest_tokens(tmp_path, vocabulary):
+    length = max(len(vocabulary.encode_description(d)) for d in DESCRIPTIONS)
+    for batch in batches_of(tmp_path, vocabulary, max_length=length + 2):
+        for tokens, split in zip(batch["tokens"], batch["prompt_lengths"], strict=True):
+            assert vocabulary.decode(tokens[:split]).endswith(("next:", "liking:", ":"))
+
+
+def test_a_position_is_restored_exactly_whatever_the_shuffling(tmp_path, vocabulary):
+    options = {"shuffle": True, "seed": 5, "repeat": True}
+    first = batches_of(tmp_path, vocabulary, **options)
+    for _ in range(7):  # into the second epoch
+        next(first)
+    position = first.position()
+    expected = [next(first)["example_id"].tolist() for _ in range(12)]
+    again = batches_of(tmp_path, vocabulary, **options)
+    again.move_to(position)
+    assert [next(again)["example_id"].tolist() for _ in range(12)] == expected
+
+
+def test_processes_share_the_examples_out(tmp_path, vocabulary):
+    parts = [
+        batches_of(tmp_path, vocabulary, shard=(i, 2), repeat=True, batch_size=20) for i in (0, 1)
+    ]
+    seen = [set(next(part)["example_id"].tolist()) for part in parts]
+    assert not seen[0] & seen[1] and seen[0] | seen[1] == set(range(40))
+
+
+def test_missing_examples_are_an_error(tmp_path):
+    with pytest.raises(InputError, match="holds no validation examples"):
+        seqio_tasks.count_examples(tmp_path, "validation")
+
+
+def transitions(targets):
+    count = len(targets)
+    return pa.table(
+        {
+            "split": ["train"] * count,
+            "history": [[0, 1, 2]] * count,
+            "next_cluster": pa.array(targets, pa.int32()),
+            "seen": [[0, 1, 2]] * count,
+            "skipped": [False] * count,
+        }
+    )
+
+
+def test_no_target_keeps_more_than_its_share():
+    table = transitions([3] * 80 + [2] * 15 + [1] * 5)
+    kept = examples.diversify(table, max_share_per_cluster=0.2)["next_cluster"].to_numpy()
+    assert np.bincount(kept).tolist() == [0, 5, 15, 20]
+    again = examples.diversify(table, max_share_per_cluster=0.2)["next_cluster"].to_numpy()
+    assert kept.tolist() == again.tolist()
+    with pytest.raises(InputError, match="max_share_per_cluster is 0"):
+        examples.diversify(table, max_share_per_cluster=0.0)
+
+
+def test_examples_say_the_last_clusters_of_the_history():
+    (example,) = examples.novelty_examples(transitions([3]), DESCRIPTIONS, history_length=2)
+    assert example.inputs == "interests: slow cooking; space travel; next:"
+    assert example.targets == "opera arias" and example.seen == [0, 1, 2]

@@ -1,0 +1,176 @@
+"""The command as a person meets it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from recexplore import cli
+
+TINY = """
+from __gin__ import dynamic_registration
+include 'runs/demo.gin'
+from recexplore.simulation import world
+from recexplore.training import trainer
+from recexplore import pipeline
+
+NUM_CLUSTERS = 20
+world.simulate_log.num_users = 150
+world.simulate_log.num_items = 300
+world.simulate_log.num_days = 6
+pipeline.train.batch_size = 16
+trainer.Optimization.steps = 20
+alignment/trainer.Optimization.steps = 20
+trainer.train.evaluate_every = 10
+trainer.train.log_every = 5
+"""
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "recexplore.cli", *arguments], capture_output=True, text=True
+    )
+
+
+def refused(capsys, *arguments):
+    """Runs a command that must fail; returns its one paragraph."""
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("recexplore: ") and "Traceback" not in error
+    return " ".join(error.split())
+
+
+def test_help_names_every_stage_and_loads_nothing_heavy():
+    code = (
+        "import sys; from recexplore import cli\n"
+        "try: cli.main(['--help'])\n"
+        "finally: print(sorted({'jax', 'tensorflow', 'ibis', 'pandas'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n")
+    for stage in ("ingest", "cluster", "aggregate", "tokenize", "train", "explore", "report"):
+        assert f"  {stage}" in result.stdout
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
+    work = tmp_path / "W"
+    assert (
+        cli.main(["run", "--workdir", str(work), "--gin_file", "runs/demo.gin", "--dry_run"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "train alignment" in said and "writes: report.html" in said
+    assert said.count("not made yet") == 9
+    assert not work.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gin_file", "runs/nowhere.gin"], "gin file runs/nowhere.gin was not found. Looked in"),
+        (
+            ["--gin_file", "runs/demo.gin", "--gin.clustering.cluster_items.num_cluster=3"],
+            "clustering.cluster_items has no argument 'num_cluster'. Did you mean num_clusters?",
+        ),
+        (
+            ["--gin_file", "runs/demo.gin", "--gin.NUM_CLUSTER=3"],
+            "nothing uses the name NUM_CLUSTER. Did you mean NUM_CLUSTERS?",
+        ),
+        (
+            ["--gin_file", "runs/movielens_small.gin"],
+            "MOVIELENS_DIR must be set",
+        ),
+        (
+            ["--gin_file", "runs/movielens_small.gin", "--gin.MOVIELENS_DIR=/data"],
+            "can't be parsed",
+        ),
+        (
+            ["--gin_file", "runs/movielens_small.gin", "--gin.MOVIELENS_DIR='/no/such'"],
+            "/no/such is not a folder",
+        ),
+    ],
+)
+def test_mistakes_are_one_paragraph_and_status_2(tmp_path, capsys, flags, message):
+    assert message in refused(capsys, "ingest", "--workdir", str(tmp_path / "W"), *flags)
+
+
+def test_an_unknown_model_and_a_missing_input_are_named(tmp_path, capsys):
+    flags = ["--workdir", str(tmp_path / "W"), "--gin_file", "runs/demo.gin"]
+    assert "It has: novelty, alignment." in refused(capsys, "train", "--model", "nove", *flags)
+    error = refused(capsys, "train", "--model", "novelty", *flags)
+    assert "is not up to date (not made yet)" in error and "`recexplore run`" in error
+
+
+def test_a_full_disk_is_said_in_words(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr("recexplore.simulation.world.simulate_log", full)
+    monkeypatch.setattr("recexplore.workdir.call_configured", full)
+    error = refused(capsys, "ingest", "--workdir", str(tmp_path), "--gin_file", "runs/demo.gin")
+    assert (
+        "The disk is full while writing" in error and "Nothing that was finished is lost" in error
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The whole job, small, once and undisturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.gin").write_text(TINY)
+    flags = ["--workdir", str(folder / "W"), "--gin_file", str(folder / "tiny.gin")]
+    result = command("run", *flags)
+    assert result.returncode == 0, result.stderr
+    return folder, flags, result
+
+
+def test_the_whole_job_ends_in_metrics_and_a_report(tiny_run):
+    folder, _, result = tiny_run
+    metrics = json.loads((folder / "W" / "metrics.json").read_text())
+    for name in ("novelty", "best_of_n", "popularity", "markov", "pair_markov", "ease"):
+        for suffix in ("", "_unseen"):
+            assert 0 <= metrics[f"{name}/recall@10{suffix}"] <= 1
+    assert metrics["explore/valid_fraction"] == metrics["explore/novel_fraction"] == 1.0
+    assert metrics["explore/distinct_clusters"] > 1
+    assert {"alignment/pairwise_accuracy", "target_mean/pairwise_accuracy"} <= set(metrics)
+    assert "<svg" in (folder / "W" / "report.html").read_text()
+    for artefact in ("interactions", "clusters", "feedback", "models/novelty", "exploration"):
+        assert (folder / "W" / artefact / "config.gin").exists()
+    assert (folder / "W" / "metrics.config.gin").exists()
+
+
+def test_a_second_run_does_nothing_and_says_so(tiny_run):
+    folder, flags, _ = tiny_run
+    before = (folder / "W" / "metrics.json").stat().st_mtime_ns
+    result = command("run", *flags)
+    assert [line.endswith(": up to date") for line in result.stderr.splitlines()] == [True] * 9
+    assert (folder / "W" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_metrics(tiny_run, tmp_path):
+    folder, _, _ = tiny_run
+    flags = ["--workdir", str(tmp_path / "W"), "--gin_file", str(folder / "tiny.gin")]
+    kills = 0
+    for stage in ("clusters", "examples", "models/novelty/checkpoints/10", "models/alignment"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "recexplore.cli", "run", *flags], stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "W" / stage).exists():
+                process.kill()
+                kills += 1
+            time.sleep(0.02)
+        process.wait()
+    assert kills >= 4
+    assert command("run", *flags).returncode == 0
+    undisturbed = (folder / "W" / "metrics.json").read_bytes()
+    assert (tmp_path / "W" / "metrics.json").read_bytes() == undisturbed
+
+
+def test_another_configuration_is_refused_and_changes_nothing(tiny_run, capsys):
+    folder, flags, _ = tiny_run
+    error = refused(capsys, "run", *flags, "--gin.NUM_CLUSTERS=21")
+    assert "num_clusters was 20, now 21" in error and "--overwrite" in error
+    assert command("run", *flags).stderr.count("up to date") == 9
