@@ -279,7 +279,10 @@ def call_configured(function: Callable, scope: str, bindings: dict[str, str], *a
     if any(key.rpartition("/")[2].startswith(f"{name}.") for key in bindings):
         function = gin.get_configurable(function)
     with gin.config_scope(scope or None):
-        function(*args)
+        try:
+            function(*args)
+        except InputError as error:  # gin adds a trail of calls, which is of no use to a person
+            raise InputError(str(error).partition("\n  In call to configurable")[0]) from error
     return gin.operative_config_str()
 
 

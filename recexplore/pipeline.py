@@ -31,6 +31,7 @@ METRICS = "metrics.json"
 REPORT = "report.html"
 NOVELTY = "novelty"  # the novelty model that fills the exploration table
 ALIGNMENT = "alignment"
+_LENGTHS = "max_lengths.json"  # of each model's examples, in tokens
 
 
 def model_folder(name: str) -> str:
@@ -213,6 +214,7 @@ def tokenize(
     diversify: Callable[..., Any],
     novelty_histories: Mapping[str, int],
     history_length: int,
+    seen_excluded: Sequence[str] = (),
 ) -> None:
     """Rows → vocabulary and training examples, for each model its own.
 
@@ -223,25 +225,39 @@ def tokenize(
       diversify: of recexplore.tasks.examples.
       novelty_histories: novelty model → how many clusters of history it reads.
       history_length: K of the alignment model.
+      seen_excluded: novelty models that will be asked with all clusters excluded that the user has
+        seen. The others are asked for a history alone, as the exploration table is.
     """
     from recexplore.interests.cluster_table import ClusterTable
-    from recexplore.tasks import examples, seqio_tasks
+    from recexplore.tasks import examples, prompts, seqio_tasks
+    from recexplore.tasks.vocabulary import Vocabulary
 
     descriptions = ClusterTable.read(work / CLUSTERS).descriptions
     transitions = artifacts.read_table(
         work / FEEDBACK / "transitions.parquet", artifacts.TRANSITIONS
     )
     collective = artifacts.read_table(work / FEEDBACK / "collective.parquet", artifacts.COLLECTIVE)
-    prompts = examples.some_prompts(transitions, descriptions, history_length)
+    corpus = examples.some_prompts(transitions, descriptions, history_length)
     with artifacts.new_folder(work / VOCABULARY) as folder:
-        train_vocabulary(folder, prompts, descriptions)
+        train_vocabulary(folder, corpus, descriptions)
+        vocabulary = Vocabulary(folder)
+    lengths = {
+        model: examples.longest_example(vocabulary, prompt, descriptions, length)
+        for model, prompt, length in (
+            *((name, prompts.novelty_prompt, k) for name, k in novelty_histories.items()),
+            (ALIGNMENT, prompts.alignment_prompt, history_length),
+        )
+    }
     with artifacts.new_folder(work / EXAMPLES) as folder:
+        artifacts.write_json(folder / _LENGTHS, lengths)
         for split in ("train", "validation"):
             rows = examples.engaged(transitions, split)
             if split == "train":
                 rows = diversify(rows)
             for model, length in novelty_histories.items():
-                made = examples.novelty_examples(rows, descriptions, length)
+                made = examples.novelty_examples(
+                    rows, descriptions, length, exclude_seen=model in seen_excluded
+                )
                 seqio_tasks.write_examples(made, folder / model, split)
             progress.say(f"  novelty: {rows.num_rows} {split} examples")
             made = examples.alignment_examples(collective, split, descriptions)
@@ -258,8 +274,8 @@ def train(
     make_config: Callable[..., Any],
     objective: Callable[..., Any],
     run: Callable[..., Any],
-    max_length: int,
     batch_size: int,
+    max_length: int | None = None,
     seed: int = 0,
 ) -> None:
     """Examples → a trained model; an interrupted run goes on from its last checkpoint.
@@ -272,8 +288,9 @@ def train(
       make_config: TransformerConfig, all but its vocab_size and max_length bound.
       objective: of recexplore.training.objectives.
       run: recexplore.training.trainer.train.
-      max_length: tokens of prompt and description.
       batch_size: examples a step, of all processes together.
+      max_length: tokens of prompt and description; None: as many as there can be. A prompt that
+        doesn't fit loses its oldest tokens.
       seed: of the order of examples, of initialisation and of dropout.
     """
     from recexplore.explorer import NETWORK, description_trie
@@ -284,6 +301,7 @@ def train(
 
     vocabulary = Vocabulary(work / VOCABULARY)
     descriptions = ClusterTable.read(work / CLUSTERS).descriptions
+    max_length = max_length or artifacts.read_json(work / EXAMPLES / _LENGTHS)[name]
     config = make_config(vocab_size=vocabulary.size, max_length=max_length)
     folder = work / model_folder(name)
     task = seqio_tasks.make_task(name, work / EXAMPLES / name, vocabulary)

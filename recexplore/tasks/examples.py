@@ -1,7 +1,7 @@
 """Transitions and collective feedback → training examples in words."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from recexplore.errors import InputError
 from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
+from recexplore.tasks.vocabulary import Vocabulary
 
 _PROMPTS_FOR_VOCABULARY = 20_000
 
@@ -20,7 +21,7 @@ class Example:
     Attributes:
       inputs: the prompt.
       targets: the description of the cluster in question.
-      seen: clusters that are not candidates any more, because the user knew them.
+      seen: clusters that are no candidates, because the user knew them.
       label: what the alignment model is to say, 0..1; 0 where there is none.
       weight: how much the example counts.
     """
@@ -71,7 +72,10 @@ def diversify(
 
 
 def novelty_examples(
-    transitions: pa.Table, descriptions: Sequence[str], history_length: int
+    transitions: pa.Table,
+    descriptions: Sequence[str],
+    history_length: int,
+    exclude_seen: bool,
 ) -> list[Example]:
     """History → description of the next cluster.
 
@@ -79,13 +83,15 @@ def novelty_examples(
       transitions: TRANSITIONS, one example each.
       descriptions: of all clusters.
       history_length: the prompt names the last so many clusters.
+      exclude_seen: when the model is asked, all clusters that the user has seen will be excluded;
+        otherwise only those that the prompt names.
     """
     columns = (transitions[name].to_pylist() for name in ("history", "next_cluster", "seen"))
     return [
         Example(
             novelty_prompt([descriptions[c] for c in history[-history_length:]]),
             descriptions[target],
-            seen,
+            seen if exclude_seen else history[-history_length:],
         )
         for history, target, seen in zip(*columns, strict=True)
     ]
@@ -112,6 +118,25 @@ def alignment_examples(
         )
         for history, target, label, count in zip(*columns, strict=True)
     ]
+
+
+def longest_example(
+    vocabulary: Vocabulary,
+    prompt: Callable[[Sequence[str]], str],
+    descriptions: Sequence[str],
+    history_length: int,
+) -> int:
+    """Tokens of the longest prompt and description that there can be, EOS included.
+
+    Args:
+      vocabulary: tokenizes them.
+      prompt: `novelty_prompt` or `alignment_prompt`.
+      descriptions: of all clusters.
+      history_length: clusters a prompt names.
+    """
+    longest = sorted(descriptions, key=lambda text: len(vocabulary.encode(text)))
+    words = [*longest, *longest[-1:] * history_length][-history_length:]
+    return len(vocabulary.encode(prompt(words))) + len(vocabulary.encode_description(longest[-1]))
 
 
 def some_prompts(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+HISTORY_SEPARATOR = ";"  # stands after every description in a history
 INSTRUCTIONS = ("interests:", "next:", "liking:")  # each one piece of our own vocabulary
 
 
@@ -14,7 +15,7 @@ def novelty_prompt(descriptions: Sequence[str]) -> str:
     Args:
       descriptions: of the history's clusters, oldest first.
     """
-    return f"interests: {'; '.join(descriptions)}; next:"
+    return f"interests: {_listed(descriptions)} next:"
 
 
 def alignment_prompt(descriptions: Sequence[str]) -> str:
@@ -26,4 +27,8 @@ def alignment_prompt(descriptions: Sequence[str]) -> str:
     Args:
       descriptions: of the history's clusters, oldest first.
     """
-    return f"interests: {'; '.join(descriptions)}; liking:"
+    return f"interests: {_listed(descriptions)} liking:"
+
+
+def _listed(descriptions: Sequence[str]) -> str:
+    return " ".join(f"{text}{HISTORY_SEPARATOR}" for text in descriptions)

@@ -10,7 +10,7 @@ import sentencepiece
 
 from recexplore import artifacts
 from recexplore.errors import InputError
-from recexplore.tasks.prompts import INSTRUCTIONS
+from recexplore.tasks.prompts import HISTORY_SEPARATOR, INSTRUCTIONS
 
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 _FILE = "sentencepiece.model"
@@ -33,20 +33,23 @@ def train_vocabulary(
       prompts: a sample of the prompts.
       descriptions: all descriptions of clusters.
       size: number of pieces at most, besides whole descriptions; a small corpus gives fewer.
-      whole_descriptions: every description is one piece. A small model that is trained from nothing
+      whole_descriptions: every description is one piece, with and without the separator. A small model that is trained from nothing
         then learns about clusters directly, and prompts are short; with word pieces it would first
         have to learn that "crime thriller" and "thriller drama" are different things.
 
     Raises:
       InputError: the size is too small for the characters alone, or a description can't be spelt.
     """
-    # Descriptions count as much as prompts, so that the words of rare clusters become pieces too.
-    repeats = 1 + len(prompts) // max(len(descriptions), 1)
-    whole = [*INSTRUCTIONS, *(descriptions if whole_descriptions else [])]
+    # Words count as much as prompts, so that those of rare clusters become pieces too.
+    words = sorted({word for text in descriptions for word in text.split()})
+    repeats = 1 + len(prompts) // max(len(words), 1)
+    whole = list(INSTRUCTIONS)
+    if whole_descriptions:  # as an answer, and as an entry of a history
+        whole += [text + end for text in descriptions for end in ("", HISTORY_SEPARATOR)]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([*prompts, *(list(descriptions) * repeats)]),
+            sentence_iterator=iter([*prompts, *(words * repeats)]),
             model_writer=model,
             vocab_size=size + len(whole),
             model_type="unigram",

@@ -50,7 +50,7 @@ def test_every_figure_is_svg():
     random = np.random.default_rng(0)
     made = [
         figures.training_curves(
-            {"m": [{"step": 1, "loss": 2.0}, {"step": 2, "validation_loss": 1}]}
+            {"m": [{"step": 1.0, "loss": 2.0}, {"step": 2.0, "validation_loss": 1.5}]}
         ),
         figures.scaling([1, 2, 5], [0.1, 0.2, 0.3], [0.3, 0.2, 0.1], 10),
         figures.cluster_map(

@@ -38,7 +38,7 @@ def test_whole_descriptions_are_one_token_and_pieces_are_shared(tmp_path):
     train_vocabulary(tmp_path, PROMPTS, DESCRIPTIONS, size=60, whole_descriptions=True)
     whole = Vocabulary(tmp_path)
     assert [len(whole.encode(text)) for text in DESCRIPTIONS] == [1] * 4
-    assert len(whole.encode(PROMPTS[1])) == 6  # interests: a ; b ; next:
+    assert len(whole.encode(PROMPTS[1])) == 4  # interests: | a; | b; | next:
 
 
 def test_training_the_vocabulary_again_gives_the_same_bytes(tmp_path):
@@ -155,6 +155,7 @@ def test_no_target_keeps_more_than_its_share():
 
 
 def test_examples_say_the_last_clusters_of_the_history():
-    (example,) = examples.novelty_examples(transitions([3]), DESCRIPTIONS, history_length=2)
-    assert example.inputs == "interests: slow cooking; space travel; next:"
-    assert example.targets == "opera arias" and example.seen == [0, 1, 2]
+    for exclude_seen, excluded in ((True, [0, 1, 2]), (False, [1, 2])):
+        (example,) = examples.novelty_examples(transitions([3]), DESCRIPTIONS, 2, exclude_seen)
+        assert example.inputs == "interests: slow cooking; space travel; next:"
+        assert example.targets == "opera arias" and example.seen == excluded
