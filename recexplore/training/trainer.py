@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ CURVES = "metrics.jsonl"
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class TrainingBatches(Protocol):
     """Endless batches whose position can be saved and restored exactly."""
 

@@ -103,7 +103,7 @@ def test_a_long_prompt_loses_its_oldest_tokens(tmp_path, vocabulary):
     length = max(len(vocabulary.encode_description(d)) for d in DESCRIPTIONS)
     for batch in batches_of(tmp_path, vocabulary, max_length=length + 2):
         for tokens, split in zip(batch["tokens"], batch["prompt_lengths"], strict=True):
-            assert vocabulary.decode(tokens[:split]).endswith(("next:", "liking:", ":"))
+            assert vocabulary.decode(tokens[:split].tolist()).endswith(("next:", "liking:", ":"))
 
 
 def test_a_position_is_restored_exactly_whatever_the_shuffling(tmp_path, vocabulary):
