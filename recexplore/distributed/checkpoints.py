@@ -4,6 +4,7 @@ Orbax writes each under a temporary name and renames it when it is whole. Kept a
 on from, and the best by validation loss, to use.
 """
 
+import base64
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,8 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), position=ocp.args.ArraySave(position)
+                state=ocp.args.StandardSave(state),
+                position=ocp.args.JsonSave({"base64": base64.b64encode(position).decode()}),
             ),
             metrics={_METRIC: validation_loss},
         )
@@ -75,7 +77,7 @@ class Checkpoints:
                 items = self._manager.restore(
                     step,
                     args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), position=ocp.args.ArrayRestore()
+                        state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
                     ),
                 )
             except (ValueError, OSError, KeyError) as error:
@@ -87,7 +89,8 @@ class Checkpoints:
                 )
                 self._manager.delete(step)
                 continue
-            return Restored(step, items["state"], np.asarray(items["position"]))
+            position = base64.b64decode(items["position"]["base64"])
+            return Restored(step, items["state"], np.frombuffer(position, np.uint8))
         return None
 
     def best(self) -> tuple[int, float]:

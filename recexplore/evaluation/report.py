@@ -16,8 +16,8 @@ h1 { font-size: 1.8rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin-top:
 figcaption { color: #4a5568; font-size: 0.9rem; }
 table { border-collapse: collapse; font-size: 0.92rem; } td, th { padding: 0.3rem 0.7rem;
   text-align: left; border-bottom: 1px solid #e2e8f0; vertical-align: top; }
-th { border-bottom: 2px solid #a0aec0; } td.n, th.n { text-align: right;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { border-bottom: 2px solid #a0aec0; } td.n, th.n { text-align: right; }
+td.n { font-variant-numeric: tabular-nums; } td { white-space: nowrap; }
 .best { font-weight: 700; } .interval { color: #718096; font-size: 0.82rem; }
 pre { background: #f7fafc; padding: 0.8rem; overflow-x: auto; font-size: 0.82rem; }
 @media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; }

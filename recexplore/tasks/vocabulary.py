@@ -33,9 +33,10 @@ def train_vocabulary(
       prompts: a sample of the prompts.
       descriptions: all descriptions of clusters.
       size: number of pieces at most, besides whole descriptions; a small corpus gives fewer.
-      whole_descriptions: every description is one piece, with and without the separator. A small model that is trained from nothing
-        then learns about clusters directly, and prompts are short; with word pieces it would first
-        have to learn that "crime thriller" and "thriller drama" are different things.
+      whole_descriptions: every description is one piece, with and without the separator. A small
+        model that is trained from nothing then learns about clusters directly, and prompts are
+        short; with word pieces it would first have to learn that "crime thriller" and "thriller
+        drama" are different things.
 
     Raises:
       InputError: the size is too small for the characters alone, or a description can't be spelt.
