@@ -51,7 +51,8 @@ setup(
         "scipy>=1.13",
         "sentencepiece>=0.2.0",
         "seqio>=0.0.20",
-        "sqlglot<31",  # ibis 12 can't drop a table with later ones
+        "sqlglot<29",  # ibis 12 can't drop a table with later ones
+        "tensorboard>=2.19",  # clu writes through it but doesn't ask for it
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.10",
         "tensorflow-text>=2.21.1",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from recexplore.distributed import partitioning
 from recexplore.errors import InputError
 from recexplore.evaluation.offline import choose
 from recexplore.inference import exhaustive
@@ -181,7 +182,7 @@ def test_an_answer_does_not_depend_on_the_batch_it_sits_in():
 
 
 def test_eight_devices_give_what_one_gives():
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = partitioning.make_mesh()
     batch = Batch(PROMPTS, PROMPTS, EXCLUDED, jnp.arange(B))
     batch = jax.tree.map(lambda x: jnp.concatenate([x, x, x])[:8], batch)
     one = explore(batch)
