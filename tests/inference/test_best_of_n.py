@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from recexplore.distributed import partitioning
 from recexplore.errors import InputError
 from recexplore.evaluation.offline import choose
 from recexplore.inference import exhaustive
@@ -179,17 +178,6 @@ def test_an_answer_does_not_depend_on_the_batch_it_sits_in():
         found = explore(alone)
         np.testing.assert_array_equal(found.draws.clusters[0], whole.draws.clusters[row])
         np.testing.assert_allclose(found.scores[0], whole.scores[row], atol=1e-5)
-
-
-def test_eight_devices_give_what_one_gives():
-    mesh = partitioning.make_mesh()
-    batch = Batch(PROMPTS, PROMPTS, EXCLUDED, jnp.arange(B))
-    batch = jax.tree.map(lambda x: jnp.concatenate([x, x, x])[:8], batch)
-    one = explore(batch)
-    spread = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
-    eight = explore(spread)
-    np.testing.assert_array_equal(one.clusters, eight.clusters)
-    np.testing.assert_allclose(one.scores, eight.scores, atol=1e-5)
 
 
 @pytest.mark.parametrize(
