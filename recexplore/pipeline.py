@@ -182,6 +182,9 @@ def aggregate(
     histories = transitions.histories_in_log(
         interactions, item_clusters, history_length=history_length, look_back_days=look_back_days
     )
+    left_out = collective.dropped | transitions.count_left_out(
+        interactions, item_clusters, num_transitions=table.num_rows, look_back_days=look_back_days
+    )
     per_split = {
         f"{split} transitions": pc.sum(pc.equal(table["split"], split)).as_py() or 0
         for split in ("train", "validation", "test")
@@ -193,6 +196,7 @@ def aggregate(
         "reward of label 1": collective.high,
         "validation from": splits.validation,
         "test from": splits.test,
+        **{f"left out: {reason}": count for reason, count in left_out.items()},
     }
     with artifacts.new_folder(work / FEEDBACK) as folder:
         artifacts.write_table(folder / "transitions.parquet", table, artifacts.TRANSITIONS)
@@ -215,6 +219,7 @@ def tokenize(
     novelty_histories: Mapping[str, int],
     history_length: int,
     seen_excluded: Sequence[str] = (),
+    half_life: float | None = None,
 ) -> None:
     """Rows → vocabulary and training examples, for each model its own.
 
@@ -227,6 +232,8 @@ def tokenize(
       history_length: K of the alignment model.
       seen_excluded: novelty models that will be asked with all clusters excluded that the user has
         seen. The others are asked for a history alone, as the exploration table is.
+      half_life: training examples of the novelty models weigh less the older they are: half at this
+        share of all examples back; None: all the same.
     """
     from recexplore.interests.cluster_table import ClusterTable
     from recexplore.tasks import examples, prompts, seqio_tasks
@@ -251,12 +258,16 @@ def tokenize(
     with artifacts.new_folder(work / EXAMPLES) as folder:
         artifacts.write_json(folder / _LENGTHS, lengths)
         for split in ("train", "validation"):
-            rows = examples.engaged(transitions, split)
+            rows, fades = examples.engaged(transitions, split), None
             if split == "train":
-                rows = diversify(rows)
+                rows, fades = diversify(rows), half_life
             for model, length in novelty_histories.items():
                 made = examples.novelty_examples(
-                    rows, descriptions, length, exclude_seen=model in seen_excluded
+                    rows,
+                    descriptions,
+                    length,
+                    exclude_seen=model in seen_excluded,
+                    half_life=fades,
                 )
                 seqio_tasks.write_examples(made, folder / model, split)
             progress.say(f"  novelty: {rows.num_rows} {split} examples")
@@ -328,8 +339,8 @@ def train(
             seed=seed,
         )
     progress.say(
-        f"  {result.steps} steps; the best, after {result.best_step}, has validation loss "
-        f"{result.best_validation_loss:.4f}"
+        f"  {result.steps} steps; the best on validation, after {result.best_step}, has "
+        f"{result.best_validation:.4f}"
     )
 
 

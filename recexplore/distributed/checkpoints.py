@@ -1,7 +1,7 @@
 """Checkpoints of a training run: parameters, optimizer, step and data position together.
 
 Orbax writes each under a temporary name and renames it when it is whole. Kept are the latest, to go
-on from, and the best by validation loss, to use.
+on from, and the best on the validation split, to use.
 """
 
 import base64
@@ -17,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from recexplore.errors import InputError
 
 _log = logging.getLogger(__name__)
-_METRIC = "validation_loss"
+_METRIC = "validation"
 
 
 class Restored(NamedTuple):
@@ -55,15 +55,15 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, state: Any, position: np.ndarray, validation_loss: float) -> None:
-        """Saves a checkpoint; returns when it is safely on disk."""
+    def save(self, step: int, state: Any, position: np.ndarray, validation: float) -> None:
+        """Saves a checkpoint, the better the lower `validation`; returns when it is on disk."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 position=ocp.args.JsonSave({"base64": base64.b64encode(position).decode()}),
             ),
-            metrics={_METRIC: validation_loss},
+            metrics={_METRIC: validation},
         )
 
     def latest(self, abstract: Any) -> Restored | None:
@@ -94,10 +94,10 @@ class Checkpoints:
         return None
 
     def best(self) -> tuple[int, float]:
-        """Step and validation loss of the best checkpoint."""
-        losses = {step: self._manager.metrics(step)[_METRIC] for step in self._manager.all_steps()}
-        step = min(losses, key=lambda step: (losses[step], step))
-        return step, losses[step]
+        """Step of the best checkpoint, and what it was saved with as `validation`."""
+        values = {step: self._manager.metrics(step)[_METRIC] for step in self._manager.all_steps()}
+        step = min(values, key=lambda step: (values[step], step))
+        return step, values[step]
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -1,20 +1,27 @@
 """What a careful engineer would try before training a language model.
 
-Each is fitted on the training period's engaged novel transitions and gives every cluster a score;
-constants are chosen on the validation period.
+Each is fitted on the training period's engaged novel transitions and gives every cluster a score.
+Constants are chosen on the validation period, among them a half-life: what people turn to drifts,
+and counts in which the past fades are much harder to beat than counts of all time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from recexplore.evaluation import metrics
+from recexplore.feedback.transitions import recency_weights
+
+_HALF_LIVES = (None, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+_SMOOTHINGS = (5.0, 20.0, 100.0, 500.0, 2000.0)
+_RIDGES = (3.0, 10.0, 30.0, 100.0, 200.0, 400.0, 800.0, 2000.0)
+_PRIORS = (0.0, 5.0, 20.0, 50.0, 100.0, 300.0)
 
 
 class Rows(NamedTuple):
-    """Novel transitions as arrays, R of them.
+    """Novel transitions as arrays, R of them, oldest first.
 
     Attributes:
       users: whose they are.
@@ -47,62 +54,88 @@ class Rows(NamedTuple):
         return self.seen | self.history_mask
 
 
-Scorer = Callable[[Rows], Float[np.ndarray, "R M"]]
+class Baseline(NamedTuple):
+    """A fitted baseline: called with rows, it gives every cluster a score [R M].
+
+    Attributes:
+      constants: what was chosen, or given, by name.
+      score: the function behind the call.
+    """
+
+    constants: Mapping[str, float | None]
+    score: Callable[[Rows], Float[np.ndarray, "R M"]]
+
+    def __call__(self, rows: Rows) -> Float[np.ndarray, "R M"]:
+        return self.score(rows)
 
 
-def popularity(train: Rows) -> Scorer:
-    """How many users moved into each cluster."""
-    counts = np.bincount(train.targets, minlength=train.num_clusters).astype(np.float64)
-    return lambda rows: np.tile(counts, (len(rows.targets), 1))
+def popularity(train: Rows, half_life: float | None = None) -> Baseline:
+    """How many moves into each cluster, weighted by recency."""
+    counts = np.bincount(
+        train.targets, recency_weights(len(train.targets), half_life), minlength=train.num_clusters
+    )
+    return Baseline({"half_life": half_life}, lambda rows: np.tile(counts, (len(rows.targets), 1)))
 
 
-def markov(train: Rows, smoothing: float) -> Scorer:
+def markov(train: Rows, smoothing: float, half_life: float | None = None) -> Baseline:
     """P(next | last cluster), backed off to popularity.
 
-    With n transitions from the last cluster, c of them into a cluster of popularity p:
+    With moves of weight n from the last cluster, c of it into a cluster of popularity p:
     (c + smoothing · p) / (n + smoothing).
     """
-    table = _markov_table(train, smoothing)
-    return lambda rows: table[rows.last_two[:, 1]]
+    table = _markov_table(train, smoothing, half_life)
+    constants = {"smoothing": smoothing, "half_life": half_life}
+    return Baseline(constants, lambda rows: table[rows.last_two[:, 1]])
 
 
-def pair_markov(train: Rows, smoothing: float, pair_smoothing: float) -> Scorer:
+def pair_markov(
+    train: Rows, smoothing: float, pair_smoothing: float, half_life: float | None = None
+) -> Baseline:
     """P(next | last two clusters), backed off to P(next | last) as `markov` is to popularity."""
     size = train.num_clusters
-    table = _markov_table(train, smoothing)
-    keys = train.last_two @ np.array([size, 1])
-    pairs, place = np.unique(keys, return_inverse=True)
+    table = _markov_table(train, smoothing, half_life)
+    pairs, place = np.unique(train.last_two @ np.array([size, 1]), return_inverse=True)
     counts = np.zeros((len(pairs), size))
-    np.add.at(counts, (place, train.targets), 1)
+    np.add.at(counts, (place, train.targets), recency_weights(len(train.targets), half_life))
 
     def score(rows: Rows) -> np.ndarray:
         wanted = rows.last_two @ np.array([size, 1])
         at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-        seen = np.where((pairs[at] == wanted)[:, None], counts[at], 0.0)
-        total = seen.sum(axis=1, keepdims=True)
+        moved = np.where((pairs[at] == wanted)[:, None], counts[at], 0.0)
         back_off = table[rows.last_two[:, 1]]
-        return (seen + pair_smoothing * back_off) / (total + pair_smoothing)
+        return (moved + pair_smoothing * back_off) / (
+            moved.sum(axis=1, keepdims=True) + pair_smoothing
+        )
 
-    return score
+    return Baseline(
+        {"smoothing": smoothing, "pair_smoothing": pair_smoothing, "half_life": half_life}, score
+    )
 
 
-def ease(train: Rows, ridge: float) -> Scorer:
-    """EASE (Steck 2019) on the set of clusters a user has met.
+def ease(train: Rows, ridge: float, half_life: float | None = None) -> Baseline:
+    """EASE (Steck 2019, arXiv 1905.03375) on the set of clusters a user has met.
 
-    With X the users × clusters matrix, P = (XᵀX + ridge · I)⁻¹ and B = −P / diag(P) off the
-    diagonal, 0 on it, the scores are x B for a user's set x.
+    With X the users × clusters matrix, W the recency weights of the users' last moves and
+    P = (XᵀWX + ridge · I)⁻¹, B = −P / diag(P) off the diagonal, 0 on it (eq. 8); the scores are
+    x B for a user's set x.
     """
     _, place = np.unique(train.users, return_inverse=True)
     sets = np.zeros((place.max() + 1, train.num_clusters))
     np.maximum.at(sets, place, train.known_mask.astype(np.float64))
-    np.maximum.at(sets, (place, train.targets), 1.0)
-    precision = np.linalg.inv(sets.T @ sets + ridge * np.eye(train.num_clusters))
-    weights = -precision / np.diag(precision)
-    np.fill_diagonal(weights, 0.0)
-    return lambda rows: rows.known_mask.astype(np.float64) @ weights
+    sets[place, train.targets] = 1.0
+    weights = np.zeros(len(sets))
+    np.maximum.at(weights, place, recency_weights(len(place), half_life))
+    gram = sets.T @ (sets * weights[:, None])
+    precision = np.linalg.inv(gram + ridge * np.eye(train.num_clusters))
+    coefficients = -precision / np.diag(precision)
+    np.fill_diagonal(coefficients, 0.0)
+    return Baseline(
+        {"ridge": ridge, "half_life": half_life},
+        lambda rows: rows.known_mask.astype(np.float64) @ coefficients,
+    )
 
 
-def fit_all(train: Rows, validation: Rows) -> dict[str, dict[str, Scorer]]:
+def fit_all(train: Rows, validation: Rows) -> dict[str, dict[str, Baseline]]:
     """All baselines, each tuned for the mask that it is used under.
 
     Args:
@@ -110,49 +143,83 @@ def fit_all(train: Rows, validation: Rows) -> dict[str, dict[str, Scorer]]:
       validation: to choose constants on, by recall@10.
 
     Returns:
-      "history" and "seen" (which clusters are left out of the ranking) → name → scorer.
+      "history" and "seen" (which clusters are left out of the ranking) → name → baseline.
     """
-    smoothings = (5.0, 20.0, 100.0, 500.0, 2000.0)
-    families: dict[str, Sequence[Scorer]] = {
-        "popularity": [popularity(train)],
-        "markov": [markov(train, s) for s in smoothings],
-        "pair_markov": [pair_markov(train, s, p) for s in smoothings for p in smoothings],
-        "ease": [ease(train, ridge) for ridge in (3.0, 10.0, 50.0, 200.0, 500.0, 2000.0)],
-    }
+    best: dict[str, dict[str, Baseline]] = {"history": {}, "seen": {}}
     masks = {"history": validation.history_mask, "seen": validation.known_mask}
-    return {
-        kind: {
-            name: max(members, key=lambda scorer: _recall_at_10(scorer, validation, mask))
-            for name, members in families.items()
-        }
-        for kind, mask in masks.items()
-    }
+
+    def choose(name: str, members: Iterable[Baseline], kinds: Iterable[str] = tuple(masks)):
+        top = dict.fromkeys(kinds, -1.0)
+        for member in members:
+            scores = member(validation)
+            for kind in top:
+                rank = metrics.ranks(scores, validation.targets, masks[kind])
+                value = float(metrics.recall(rank, 10).mean())
+                if value > top[kind]:
+                    top[kind], best[kind][name] = value, member
+
+    choose("popularity", (popularity(train, h) for h in _HALF_LIVES))
+    choose("markov", (markov(train, s, h) for s in _SMOOTHINGS for h in _HALF_LIVES))
+    for kind in masks:
+        half_life = best[kind]["markov"].constants["half_life"]
+        grid = ((s, p) for s in _SMOOTHINGS for p in _SMOOTHINGS)
+        choose("pair_markov", (pair_markov(train, *c, half_life) for c in grid), (kind,))
+    choose("ease", (ease(train, r, h) for r in _RIDGES for h in _HALF_LIVES))
+    return best
 
 
 def target_mean(
     targets: Int[np.ndarray, "R"],
     rewards: Float[np.ndarray, "R"],
-    counts: Int[np.ndarray, "R"],
+    counts: Int[np.ndarray, "R"] | Float[np.ndarray, "R"],
     num_clusters: int,
+    prior: float = 0.0,
 ) -> Float[np.ndarray, "M"]:
     """Mean training feedback of each next cluster, whatever the history; the baseline of alignment.
 
-    A cluster without training feedback gets the overall mean.
+    With n moves into a cluster of total reward t, and overall mean m:
+    (t + prior · m) / (n + prior). A cluster without training feedback gets m.
+
+    Args:
+      targets: next clusters of the collective feedback.
+      rewards: their mean rewards.
+      counts: how many moves each mean is of.
+      num_clusters: M.
+      prior: moves' worth of the overall mean mixed in.
     """
-    users = np.bincount(targets, counts, minlength=num_clusters)
+    moves = np.bincount(targets, counts, minlength=num_clusters)
     total = np.bincount(targets, counts * rewards, minlength=num_clusters)
-    overall = total.sum() / users.sum()
-    return np.where(users > 0, total / np.maximum(users, 1), overall)
+    overall = total.sum() / moves.sum()
+    mixed = np.maximum(moves + prior, 1e-9)
+    return np.where(moves > 0, (total + prior * overall) / mixed, overall)
 
 
-def _recall_at_10(scorer: Scorer, rows: Rows, mask: np.ndarray) -> float:
-    return float(metrics.recall(metrics.ranks(scorer(rows), rows.targets, mask), 10).mean())
+def tuned_prior(
+    train: tuple[np.ndarray, np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    num_clusters: int,
+) -> float:
+    """The prior of `target_mean` that orders validation feedback best; 0 if that can't be told.
+
+    Args:
+      train: targets, rewards and counts, as `target_mean` takes them.
+      validation: targets and rewards.
+      num_clusters: M.
+    """
+    targets, truth = validation
+    accuracy = {
+        prior: metrics.pairwise_accuracy(target_mean(*train, num_clusters, prior)[targets], truth)
+        for prior in _PRIORS
+    }
+    known = {prior: value for prior, value in accuracy.items() if np.isfinite(value)}
+    return max(known, key=known.__getitem__, default=0.0)
 
 
-def _markov_table(train: Rows, smoothing: float) -> np.ndarray:
+def _markov_table(train: Rows, smoothing: float, half_life: float | None) -> np.ndarray:
     size = train.num_clusters
+    weights = recency_weights(len(train.targets), half_life)
     counts = np.zeros((size, size))
-    np.add.at(counts, (train.last_two[:, 1], train.targets), 1)
-    popular = np.bincount(train.targets, minlength=size) + 1.0
+    np.add.at(counts, (train.last_two[:, 1], train.targets), weights)
+    popular = np.bincount(train.targets, weights, minlength=size) + 1.0
     popular = popular / popular.sum()
     return (counts + smoothing * popular) / (counts.sum(axis=1, keepdims=True) + smoothing)

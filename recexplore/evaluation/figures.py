@@ -7,6 +7,8 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 _COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
 _STYLE = {
@@ -18,7 +20,6 @@ _STYLE = {
     "axes.grid": True,
     "grid.color": "#e2e8f0",
     "axes.axisbelow": True,
-    "legend.frameon": False,
 }
 
 
@@ -43,7 +44,8 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
                     *zip(*points, strict=True), label=label, color=colour, marker=marker, ms=3
                 )
         axis.set(title=name, xlabel="step", ylabel="loss")
-        axis.legend(fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.legend(fontsize=9, frameon=False)
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
     return _svg(figure)
@@ -75,13 +77,14 @@ def scaling(
 
 def reliability(bins: Float[np.ndarray, "3 bins"]) -> str:
     """Mean held-out label against mean prediction, by bin of prediction."""
-    figure, (axis,) = _figure(4.4, 3.6, 1, 1)
+    figure, (axis,) = _figure(4.6, 4.2, 1, 1)
     predicted, truth, _ = bins
     low, high = min(predicted.min(), truth.min()), max(predicted.max(), truth.max())
     axis.plot([low, high], [low, high], color="#a0aec0", linestyle="--", label="perfect")
-    axis.plot(predicted, truth, color=_COLOURS[0], marker="o", label="alignment model")
+    axis.plot(predicted, truth, "o", color=_COLOURS[0], label="alignment model")
+    axis.set_aspect("equal")
     axis.set(xlabel="predicted feedback", ylabel="held-out feedback")
-    axis.legend(fontsize=9)
+    axis.legend(fontsize=9, frameon=False)
     return _svg(figure)
 
 
@@ -112,8 +115,7 @@ def cluster_map(
     axis.scatter(
         x, y, s=area, c=[_COLOURS[c % len(_COLOURS)] for c in colours], alpha=0.55, linewidths=0
     )
-    axis.set(xticks=[], yticks=[])
-    axis.grid(False)
+    axis.set_axis_off()
     axis.margins(0.12)
     _write_labels(figure, axis, x, y, sizes, descriptions, labelled)
     return _svg(figure)
@@ -121,14 +123,21 @@ def cluster_map(
 
 def _write_labels(figure, axis, x, y, sizes, descriptions, labelled) -> None:
     """Writes the biggest clusters' names where they don't overlap."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()  # fixes the layout that the boxes below are measured in
     taken = []
     for cluster in np.argsort(-sizes, kind="stable"):
         text = axis.annotate(
-            descriptions[cluster], (x[cluster], y[cluster]), fontsize=9, ha="center", va="center"
+            descriptions[cluster],
+            (x[cluster], y[cluster]),
+            fontsize=9,
+            ha="center",
+            va="center",
+            parse_math=False,  # a description may hold a $
         )
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         box = text.get_window_extent().expanded(1.05, 1.15)
-        if len(taken) >= labelled or any(box.overlaps(other) for other in taken):
+        inside = box.x0 > 0 and box.x1 < figure.bbox.width
+        if len(taken) >= labelled or not inside or any(box.overlaps(other) for other in taken):
             text.remove()
         else:
             taken.append(box)
@@ -137,6 +146,7 @@ def _write_labels(figure, axis, x, y, sizes, descriptions, labelled) -> None:
 def _figure(width: float, height: float, rows: int, columns: int):
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
         axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.ravel())
 

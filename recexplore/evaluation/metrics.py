@@ -19,8 +19,16 @@ def ranks(
       scores: higher is better; -inf for what a method can't propose.
       targets: cluster ids.
       excluded: clusters not ranked; never the target.
+
+    Raises:
+      ValueError: a score is not a number, or a target is excluded. Neither has a place, and
+        comparisons would quietly put such a target on top.
     """
     rows = np.arange(len(targets))
+    if np.isnan(scores).any():
+        raise ValueError(f"{int(np.isnan(scores).any(axis=1).sum())} row(s) have NaN scores.")
+    if excluded[rows, targets].any():
+        raise ValueError(f"{int(excluded[rows, targets].sum())} target(s) are excluded.")
     own = scores[rows, targets][:, None]
     better = ((scores > own) & ~excluded).sum(axis=1)
     tied = ((scores == own) & ~excluded).sum(axis=1) - 1
@@ -97,6 +105,23 @@ def spearman(predicted: Float[np.ndarray, "R"], truth: Float[np.ndarray, "R"]) -
     return float(scipy.stats.spearmanr(predicted, truth).statistic)
 
 
+def spearman_within(
+    predicted: Float[np.ndarray, "R"], truth: Float[np.ndarray, "R"], groups: Int[np.ndarray, "R"]
+) -> float:
+    """Mean of the groups' rank correlations, weighted by rows; only where the truth differs.
+
+    Returns:
+      nan when no group has different truths.
+    """
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-np.inf))
+    parts = [part for part in np.split(order, starts[1:]) if np.ptp(truth[part]) > 0]
+    if not parts:
+        return float("nan")
+    values = [spearman(predicted[part], truth[part]) for part in parts]
+    return float(np.average(values, weights=[len(part) for part in parts]))
+
+
 def entropy(counts: Int[np.ndarray, "M"]) -> float:
     """Entropy in bits of how often each cluster was shown; log2 M when all are shown alike."""
     share = counts[counts > 0] / counts.sum()
@@ -150,7 +175,10 @@ def bootstrap_interval(
     _, place = np.unique(users, return_inverse=True)
     sums, counts = np.bincount(place, values), np.bincount(place)
     random = np.random.default_rng(seed)
-    picks = random.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=samples)
-    means = (picks @ sums) / (picks @ counts)
+    share = np.full(len(sums), 1 / len(sums))
+    means = []
+    for start in range(0, samples, 50):  # a few at a time: picks are samples × users
+        picks = random.multinomial(len(sums), share, size=min(50, samples - start))
+        means.extend((picks @ sums) / (picks @ counts))
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -1,6 +1,7 @@
 """Evaluation on the held-out period of a log: every cluster ranked, nothing sampled."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from recexplore.errors import InputError
 from recexplore.evaluation import metrics
-from recexplore.evaluation.baselines import Rows, target_mean
+from recexplore.evaluation.baselines import Rows, target_mean, tuned_prior
 from recexplore.serving.exploration_table import ExplorationTable
 
 KS = (5, 10, 20)
@@ -25,7 +26,7 @@ def rows_of(transitions: pa.Table, split: str, num_clusters: int) -> Rows:
       num_clusters: M.
 
     Raises:
-      InputError: there are none.
+      InputError: there are none, or `seen` is null where it is needed (validation and test).
     """
     wanted = pc.and_(pc.equal(transitions["split"], split), pc.invert(transitions["skipped"]))
     table = transitions.filter(wanted)
@@ -35,9 +36,15 @@ def rows_of(transitions: pa.Table, split: str, num_clusters: int) -> Rows:
             "small, or too few clusters are new to anyone. Try other transitions.split_times."
         )
     seen = np.zeros((table.num_rows, num_clusters), bool)
-    for row, clusters in zip(seen, table["seen"].to_pylist(), strict=True):
-        row[clusters] = True
     histories = table["history"].to_pylist()
+    met = table["seen"].to_pylist()
+    if split != "train" and None in met:
+        raise InputError(
+            f"Column seen of the transitions is null in a row of the {split} split; the rankings "
+            "without the clusters a user has seen need it. Run `recexplore aggregate` again."
+        )
+    for row, history, clusters in zip(seen, histories, met, strict=True):
+        row[history if clusters is None else clusters] = True
     return Rows(
         users=table["user_id"].to_numpy(),
         histories=histories,
@@ -48,11 +55,23 @@ def rows_of(transitions: pa.Table, split: str, num_clusters: int) -> Rows:
 
 
 def ranking_metrics(
-    name: str, suffix: str, ranks: Float[np.ndarray, "R"], users: np.ndarray
+    name: str,
+    suffix: str,
+    ranks: Float[np.ndarray, "R"],
+    users: np.ndarray,
+    ks: tuple[int, ...] = KS,
 ) -> dict[str, float]:
-    """NAME/recall@k and NAME/ndcg@k, with a 95 % interval over users at k = 10."""
+    """NAME/recall@k and NAME/ndcg@k, with a 95 % interval over users at k = 10.
+
+    Args:
+      name: of the method.
+      suffix: of the metric.
+      ranks: of the targets, 0 the top.
+      users: whose rows they are.
+      ks: places counted.
+    """
     found = {}
-    for k in KS:
+    for k in ks:
         for kind, measure in (("recall", metrics.recall), ("ndcg", metrics.ndcg)):
             values = measure(ranks, k)
             key = f"{name}/{kind}@{k}{suffix}"
@@ -84,7 +103,9 @@ def rank_all(
             found |= ranking_metrics(name, suffix, ranks, rows.users)
         for name, values in lists[kind].items():
             ranks = metrics.ranks_in_lists(values, rows.targets)
-            found |= ranking_metrics(name, suffix, ranks, rows.users)
+            # A list of ten has no opinion on places 11 to 20; recall@20 would claim one.
+            ks = tuple(k for k in KS if k <= max(10, values.shape[1]))
+            found |= ranking_metrics(name, suffix, ranks, rows.users, ks)
     return found
 
 
@@ -95,40 +116,74 @@ def alignment_metrics(
 ) -> tuple[dict[str, float], Float[np.ndarray, "3 bins"]]:
     """How well scores order held-out collective feedback, beside the next cluster's mean.
 
+    The mean stands there twice: as it is, and shrunk towards the overall mean as the validation
+    split likes best.
+
     Args:
       collective: COLLECTIVE of all splits.
       scores: the alignment model's logits for the rows of the test split, in order.
       num_clusters: M.
 
     Returns:
-      Metrics of `alignment` and of the baseline `target_mean`, and the alignment model's
-      calibration by bin (see `metrics.calibration`).
+      Metrics of `alignment`, `target_mean` and `target_mean_shrunk`, and the alignment model's
+      calibration by bin (see `metrics.calibration`). A metric that can't be told, such as the
+      order within histories when each occurs once, is left out.
+
+    Raises:
+      InputError: the train or the test split has no rows.
     """
-    train = collective.filter(pc.equal(collective["split"], "train"))
-    test = collective.filter(pc.equal(collective["split"], "test"))
-    means = target_mean(
-        train["next_cluster"].to_numpy(),
-        train["reward"].to_numpy().astype(np.float64),
-        train["count"].to_numpy(),
-        num_clusters,
+    parts = {split: _feedback_of(collective, split) for split in ("train", "validation", "test")}
+    train, validation, test = parts["train"], parts["validation"], parts["test"]
+    cells = (train.targets, train.rewards, train.counts)
+    prior = tuned_prior(cells, (validation.targets, validation.rewards), num_clusters)
+    orders = {"alignment": scores.astype(np.float64)}
+    probabilities = {"alignment": 1 / (1 + np.exp(-orders["alignment"]))}
+    labels = (train.targets, train.labels, train.counts)
+    for name, mixed_in in (("target_mean", 0.0), ("target_mean_shrunk", prior)):
+        orders[name] = target_mean(*cells, num_clusters, mixed_in)[test.targets]
+        probabilities[name] = target_mean(*labels, num_clusters, mixed_in)[test.targets]
+    found, bins = {}, {}
+    for name, predicted in orders.items():
+        bins[name] = metrics.calibration(probabilities[name], test.labels, test.counts)
+        values = {
+            "pairwise_accuracy": metrics.pairwise_accuracy(predicted, test.rewards),
+            "pairwise_accuracy_same_history": metrics.pairwise_accuracy(
+                predicted, test.rewards, test.groups
+            ),
+            "spearman": metrics.spearman(predicted, test.rewards),
+            "spearman_same_history": metrics.spearman_within(predicted, test.rewards, test.groups),
+            "calibration_error": metrics.calibration_error(bins[name]),
+        }
+        found |= {f"{name}/{key}": value for key, value in values.items() if np.isfinite(value)}
+    return found, bins["alignment"]
+
+
+class _Feedback(NamedTuple):
+    targets: np.ndarray
+    rewards: np.ndarray
+    labels: np.ndarray
+    counts: np.ndarray
+    groups: np.ndarray  # rows of the same history have the same number
+
+
+def _feedback_of(collective: pa.Table, split: str) -> _Feedback:
+    table = collective.filter(pc.equal(collective["split"], split))
+    if split != "validation" and not table.num_rows:
+        raise InputError(
+            f"There is no collective feedback in the {split} period. Lower "
+            "collective.collective_feedback.min_count, or try other transitions.split_times."
+        )
+    groups = np.zeros(0, np.int64)
+    if table.num_rows:
+        histories = np.array(table["history"].to_pylist())
+        groups = np.unique(histories, axis=0, return_inverse=True)[1].ravel()
+    return _Feedback(
+        targets=table["next_cluster"].to_numpy(),
+        rewards=table["reward"].to_numpy().astype(np.float64),
+        labels=table["label"].to_numpy().astype(np.float64),
+        counts=table["count"].to_numpy().astype(np.float64),
+        groups=groups,
     )
-    truth = test["reward"].to_numpy().astype(np.float64)
-    _, groups = np.unique(np.array(test["history"].to_pylist()), axis=0, return_inverse=True)
-    found = {}
-    baseline = means[test["next_cluster"].to_numpy()]
-    for name, predicted in (("alignment", scores.astype(np.float64)), ("target_mean", baseline)):
-        found[f"{name}/pairwise_accuracy"] = metrics.pairwise_accuracy(predicted, truth)
-        within = metrics.pairwise_accuracy(predicted, truth, groups.ravel())
-        if np.isfinite(within):
-            found[f"{name}/pairwise_accuracy_same_history"] = within
-        found[f"{name}/spearman"] = metrics.spearman(predicted, truth)
-    bins = metrics.calibration(
-        1 / (1 + np.exp(-scores.astype(np.float64))),
-        test["label"].to_numpy().astype(np.float64),
-        test["count"].to_numpy().astype(np.float64),
-    )
-    found["alignment/calibration_error"] = metrics.calibration_error(bins)
-    return found, bins
 
 
 def exploration_metrics(table: ExplorationTable, num_clusters: int) -> dict[str, float]:

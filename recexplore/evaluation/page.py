@@ -1,5 +1,7 @@
 """Gathers from a work directory what the report shows."""
 
+import contextlib
+import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,15 +80,28 @@ def write(
 
 def _curves(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed while writing it
+            found.append(json.loads(line))
+    return found
 
 
 def _facts(work: Path, clusters: ClusterTable) -> dict[str, Any]:
+    feedback = artifacts.read_json(work / "feedback" / "counts.json")
+    days = {name: _day(value) for name, value in feedback.items() if name.endswith(" from")}
     return {
         **artifacts.read_json(work / "interactions" / "counts.json"),
         "clusters": clusters.num_clusters,
-        **artifacts.read_json(work / "feedback" / "counts.json"),
+        **feedback,
+        **days,
     }
+
+
+def _day(timestamp: float) -> str:
+    """The day, in UTC, of a time in seconds."""
+    return datetime.datetime.fromtimestamp(timestamp, datetime.UTC).date().isoformat()
 
 
 def _branches(clusters: ClusterTable) -> np.ndarray:

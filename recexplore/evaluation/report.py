@@ -1,6 +1,7 @@
 """One self-contained page: what was run, how good it is, what it proposes."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -9,20 +10,46 @@ from typing import Any
 from recexplore import artifacts
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.8rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-.lead { color: #4a5568; } figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
-figcaption { color: #4a5568; font-size: 0.9rem; }
-table { border-collapse: collapse; font-size: 0.92rem; } td, th { padding: 0.3rem 0.7rem;
-  text-align: left; border-bottom: 1px solid #e2e8f0; vertical-align: top; }
-th { border-bottom: 2px solid #a0aec0; } td.n, th.n { text-align: right; }
-td.n { font-variant-numeric: tabular-nums; } td { white-space: nowrap; }
-.best { font-weight: 700; } .interval { color: #718096; font-size: 0.82rem; }
-pre { background: #f7fafc; padding: 0.8rem; overflow-x: auto; font-size: 0.82rem; }
-@media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; } }
+:root { --ink: #1a202c; --soft: #4a5568; --line: #e2e8f0; --accent: #2b6cb0; }
+body { font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--ink);
+  background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.9rem; margin: 0 0 .6rem; line-height: 1.2; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .7rem; padding-top: .9rem;
+  border-top: 1px solid var(--line); }
+p { margin: .5rem 0 .9rem; } .soft { color: var(--soft); font-size: .92rem; }
+.summary { border-left: 4px solid var(--accent); padding: .1rem 0 .1rem 1rem; }
+.summary p { margin: .45rem 0; }
+figure { margin: 1.4rem 0; } figure svg { max-width: 100%; height: auto; display: block; }
+figcaption { font-weight: 600; margin-bottom: .5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+td, th { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+th { border-bottom: 2px solid #a0aec0; vertical-align: bottom; } thead .group { border: 0;
+  padding-bottom: 0; color: var(--soft); font-weight: 600; text-align: center; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr.ours { background: #f3f7fc; } .best { font-weight: 700; }
+.interval { color: var(--soft); font-size: .84em; font-weight: 400; }
+dl { display: grid; grid-template-columns: 1fr 1fr; column-gap: 3rem; margin: .5rem 0; }
+dl div { display: flex; justify-content: space-between; gap: 1rem; padding: .3rem .2rem;
+  border-bottom: 1px solid var(--line); font-size: .92rem; break-inside: avoid; }
+dd { margin: 0; font-variant-numeric: tabular-nums; }
+table.list td { padding: .15rem .7rem; border: 0; }
+table.list tr.first td { border-top: 1px solid var(--line); padding-top: .5rem; }
+table.list tr.last td { padding-bottom: .5rem; }
+pre { background: #f7fafc; padding: .9rem; font-size: .8rem; line-height: 1.45;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+@media print { body { margin: 0; max-width: none; font-size: 11pt; }
+  h2, figcaption { break-after: avoid; } figure, tr { break-inside: avoid; }
+  thead { display: table-header-group; } }
 """
+_COLUMNS = {"recall@10": "recall@10", "ndcg@10": "NDCG@10"}
+_KINDS = {"": "history left out", "_unseen": "all seen left out"}
+_ALIGNMENT_COLUMNS = {
+    "pairwise_accuracy": "pairs in order",
+    "pairwise_accuracy_same_history": "pairs in order, same history",
+    "spearman": "Spearman",
+    "calibration_error": "calibration error",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +57,14 @@ class Contents:
     """What goes into the report.
 
     Attributes:
-      metrics: as in metrics.json.
+      metrics: as in metrics.json; what is missing is shown as a dash.
       methods: ranking methods in the order to show them: metric prefix → name in words.
       facts: what the data are: name → value.
       figures: caption → SVG text.
       explorations: history in words → chosen clusters: description, score as a probability,
         log-probability.
       configuration: the run's bindings, as text.
+      baselines: the methods among `methods` that ours should beat.
     """
 
     metrics: Mapping[str, float]
@@ -45,28 +73,35 @@ class Contents:
     figures: Mapping[str, str]
     explorations: Sequence[tuple[Sequence[str], Sequence[tuple[str, float, float]]]]
     configuration: str
+    baselines: Sequence[str] = ("popularity", "markov", "pair_markov", "ease")
 
 
 def write_report(path: Path, contents: Contents) -> None:
-    """Writes the page, atomically; same contents, same bytes."""
+    """Writes the page, atomically; same contents, same bytes.
+
+    Args:
+      path: of the page.
+      contents: all text in it is escaped; the figures' SVG is taken as it is.
+    """
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width'>",
         f"<title>recexplore report</title><style>{_STYLE}</style></head><body>",
         "<h1>Exploration report</h1>",
-        _summary(contents.metrics),
+        _summary(contents),
+        "<h2>Data</h2>",
+        _facts(contents.facts),
         "<h2>Finding the next novel cluster</h2>",
         _ranking_table(contents),
         "<h2>Predicting collective feedback</h2>",
         _alignment_table(contents.metrics),
+        "<h2>Figures</h2>",
         *(
-            f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+            f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
             for caption, svg in contents.figures.items()
         ),
         "<h2>Explorations in words</h2>",
         _explorations(contents.explorations),
-        "<h2>Data</h2>",
-        _facts(contents.facts),
         f"<h2>Configuration</h2><pre>{escape(contents.configuration)}</pre>",
         "</body></html>\n",
     ]
@@ -74,95 +109,159 @@ def write_report(path: Path, contents: Contents) -> None:
         temporary.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _summary(metrics: Mapping[str, float]) -> str:
-    def value(name: str) -> float:
-        return metrics.get(name, float("nan"))
+def _summary(contents: Contents) -> str:
+    sentences = [
+        _ranking_sentence(contents, "recall@10", "with the history left out of the ranking"),
+        _ranking_sentence(contents, "recall@10_unseen", "with all that the user has seen left out"),
+        _alignment_sentence(contents.metrics),
+        _exploration_sentence(contents.metrics),
+    ]
+    return f"<div class='summary'>{''.join(f'<p>{s}</p>' for s in sentences if s)}</div>"
 
+
+def _ranking_sentence(contents: Contents, column: str, when: str) -> str:
+    """Our best method beside the best baseline, whichever of them is ahead."""
+    values = {
+        name: contents.metrics[f"{name}/{column}"]
+        for name in contents.methods
+        if f"{name}/{column}" in contents.metrics
+    }
+    ours = [name for name in values if name not in contents.baselines]
+    theirs = [name for name in values if name in contents.baselines]
+    if not ours or not theirs:
+        return ""
+    mine, rival = (max(names, key=values.__getitem__) for names in (ours, theirs))
+    verdict = _verdict(values[mine], values[rival])
     return (
-        "<p class='lead'>From a user's last clusters alone, the novelty model has the next novel "
-        f"cluster among its first ten in <b>{value('novelty/recall@10'):.1%}</b> of held-out moves "
-        f"(popularity {value('popularity/recall@10'):.1%}, Markov "
-        f"{value('markov/recall@10'):.1%}). The alignment model orders "
-        f"<b>{value('alignment/pairwise_accuracy'):.1%}</b> of pairs of held-out feedback "
-        f"correctly (the next cluster's mean: {value('target_mean/pairwise_accuracy'):.1%}). The "
-        f"exploration table answers {value('explore/histories'):,.0f} histories with "
-        f"{value('explore/distinct_clusters'):.0f} distinct clusters; "
-        f"{value('explore/valid_fraction'):.0%} of its answers are clusters that exist and "
-        f"{value('explore/novel_fraction'):.0%} are new to the history.</p>"
+        f"The next novel cluster, {when}, is among the first ten in <b>{values[mine]:.1%}</b> of "
+        f"held-out moves for our best method ({escape(contents.methods[mine])}): {verdict} the "
+        f"best baseline's {values[rival]:.1%} ({escape(contents.methods[rival])})."
     )
+
+
+def _alignment_sentence(metrics: Mapping[str, float]) -> str:
+    models = ("alignment", "target_mean", "target_mean_shrunk")
+    values = [metrics.get(f"{model}/pairwise_accuracy") for model in models]
+    if None in values:
+        return ""
+    own, mean = values[0], max(values[1:])
+    return (
+        f"The alignment model puts <b>{own:.1%}</b> of pairs of held-out feedback in order: "
+        f"{_verdict(own, mean)} the {mean:.1%} of the next cluster's mean."
+    )
+
+
+def _exploration_sentence(metrics: Mapping[str, float]) -> str:
+    names = ("histories", "distinct_clusters", "valid_fraction", "novel_fraction")
+    values = [metrics.get(f"explore/{name}") for name in names]
+    if None in values:
+        return ""
+    histories, distinct, valid, novel = values
+    return (
+        f"The exploration table answers {histories:,.0f} histories with {distinct:.0f} distinct "
+        f"clusters; {_share(valid)} of its answers exist and {_share(novel)} are new to the "
+        "history."
+    )
+
+
+def _verdict(own: float, other: float) -> str:
+    return "above" if own > other else "below" if own < other else "level with"
+
+
+def _share(value: float) -> str:
+    """A percentage that says 100 only of the whole."""
+    return "100%" if value == 1 else f"{min(value, 0.9999):.2%}"
 
 
 def _ranking_table(contents: Contents) -> str:
-    columns = ("recall@10", "ndcg@10", "recall@10_unseen", "ndcg@10_unseen")
-    heads = (
-        "recall@10, history left out",
-        "NDCG@10, history left out",
-        "recall@10, all seen left out",
-        "NDCG@10, all seen left out",
-    )
+    columns = [f"{column}{kind}" for kind in _KINDS for column in _COLUMNS]
     metrics = contents.metrics
     best = {c: max(metrics.get(f"{m}/{c}", -1.0) for m in contents.methods) for c in columns}
     rows = []
     for method, name in contents.methods.items():
-        cells = []
-        for column in columns:
-            key = f"{method}/{column}"
-            if key not in metrics:
-                cells.append("<td class='n'>–</td>")
-                continue
-            mark = " best" if metrics[key] == best[column] else ""
-            interval = f"{metrics[f'{key}_low']:.3f} – {metrics[f'{key}_high']:.3f}"
-            cells.append(
-                f"<td class='n{mark}'>{metrics[key]:.3f}<br>"
-                f"<span class='interval'>{interval}</span></td>"
-            )
-        rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
-    head = "".join(f"<th class='n'>{head}</th>" for head in heads)
+        cells = "".join(_cell(metrics, f"{method}/{column}", best[column]) for column in columns)
+        kind = "" if method in contents.baselines else " class='ours'"
+        rows.append(f"<tr{kind}><td>{escape(name)}</td>{cells}</tr>")
+    groups = "".join(
+        f"<th class='group' colspan='{len(_COLUMNS)}'>{label}</th>" for label in _KINDS.values()
+    )
+    heads = "".join(f"<th class='n'>{head}</th>" for head in _COLUMNS.values()) * len(_KINDS)
     return (
-        f"<table><tr><th>method</th>{head}</tr>{''.join(rows)}</table>"
-        "<p class='lead'>Every cluster is ranked for every held-out novel transition. Small "
-        "figures are 95 % intervals, users resampled. The best of each column is bold.</p>"
+        f"<table><thead><tr><th class='group'></th>{groups}</tr>"
+        f"<tr><th>method</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        "<p class='soft'>Every cluster is ranked for every held-out novel transition. Small "
+        "figures are 95 % intervals, users resampled; the best of each column is bold; our "
+        "methods are shaded. Baselines' constants were chosen on the validation period.</p>"
     )
 
 
+def _cell(metrics: Mapping[str, float], key: str, best: float) -> str:
+    if key not in metrics:
+        return "<td class='n'>–</td>"
+    mark = " best" if metrics[key] == best else ""
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    interval = (
+        ""
+        if low is None or high is None
+        else f"<br><span class='interval'>{low:.3f} – {high:.3f}</span>"
+    )
+    return f"<td class='n{mark}'>{metrics[key]:.3f}{interval}</td>"
+
+
 def _alignment_table(metrics: Mapping[str, float]) -> str:
-    columns = {
-        "pairwise_accuracy": "pairs in order",
-        "pairwise_accuracy_same_history": "pairs of the same history in order",
-        "spearman": "Spearman",
+    names = {
+        "alignment": "alignment model",
+        "target_mean": "mean of the next cluster",
+        "target_mean_shrunk": "the same, shrunk towards the overall mean",
     }
-    names = {"alignment": "alignment model", "target_mean": "mean of the next cluster"}
-    head = "".join(f"<th class='n'>{label}</th>" for label in columns.values())
+    head = "".join(f"<th class='n'>{label}</th>" for label in _ALIGNMENT_COLUMNS.values())
     rows = []
     for prefix, name in names.items():
-        values = (metrics.get(f"{prefix}/{column}") for column in columns)
+        values = (metrics.get(f"{prefix}/{column}") for column in _ALIGNMENT_COLUMNS)
         cells = (f"<td class='n'>{'–' if v is None else f'{v:.3f}'}</td>" for v in values)
         rows.append(f"<tr><td>{name}</td>{''.join(cells)}</tr>")
-    return f"<table><tr><th>method</th>{head}</tr>{''.join(rows)}</table>"
+    return (
+        f"<table><thead><tr><th>method</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        "</table><p class='soft'>Guessing puts half of all pairs in order. The calibration error "
+        "is the mean distance of predicted and held-out feedback by tenths of the prediction: "
+        "lower is better.</p>"
+    )
 
 
 def _explorations(explorations) -> str:
     rows = []
     for history, chosen in explorations:
         words = " → ".join(map(escape, history))
-        answers = "<br>".join(
-            f"{escape(description)} <span class='interval'>feedback {score:.2f}, "
-            f"log p {log_probability:.1f}</span>"
-            for description, score, log_probability in chosen
-        )
-        rows.append(f"<tr><td>{words}</td><td>{answers}</td></tr>")
-    return f"<table><tr><th>history</th><th>explores</th></tr>{''.join(rows)}</table>"
+        for place, (description, score, log_probability) in enumerate(chosen):
+            first, last = place == 0, place == len(chosen) - 1
+            marks = " ".join(["first"] * first + ["last"] * last)
+            rows.append(
+                f"<tr class='{marks}'><td>{words if first else ''}</td>"
+                f"<td>{escape(description)}</td><td class='n'>{score:.3f}</td>"
+                f"<td class='n'>{_signed(log_probability)}</td></tr>"
+            )
+    return (
+        "<table class='list'><thead><tr><th>history</th><th>explores</th>"
+        "<th class='n'>predicted feedback</th><th class='n'>log-probability</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:.1f}".replace("-", "−")
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
     rows = (
-        f"<tr><td>{escape(name)}</td><td class='n'>{escape(_readable(value))}</td></tr>"
+        f"<div><dt>{escape(str(name))}</dt><dd>{escape(_readable(value))}</dd></div>"
         for name, value in facts.items()
     )
-    return f"<table>{''.join(rows)}</table>"
+    return f"<dl>{''.join(rows)}</dl>"
 
 
 def _readable(value: Any) -> str:
-    if isinstance(value, float) and not value.is_integer():
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, float) and not (math.isfinite(value) and value.is_integer()):
         return f"{value:,.4g}"
-    return f"{value:,.0f}" if isinstance(value, (int, float)) else str(value)
+    return f"{value:,.0f}"

@@ -5,6 +5,7 @@ cluster, taken together, say how good that move is (arXiv 2504.05522). Few users
 so the mean is shrunk towards what is known of the next cluster alone.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ SIGNAL_WEIGHTS: Mapping[str, float] = {
     "skipped": -1.0,
 }
 _ALL_SHRUNK = 1e6  # shrinkage when moves into a cluster don't differ beyond noise
+_GRAIN = 1e4  # rewards are counted in ten-thousandths: sums of whole numbers have no order
 
 
 class Collective(NamedTuple):
@@ -31,12 +33,14 @@ class Collective(NamedTuple):
       shrinkage: κ, in users.
       low: reward that label 0 stands for.
       high: reward that label 1 stands for.
+      dropped: rows left out, by reason, for counts.json.
     """
 
     table: pa.Table
     shrinkage: float
     low: float
     high: float
+    dropped: dict[str, int]
 
 
 def reward(signals: ir.Table, weights: Mapping[str, float] = SIGNAL_WEIGHTS) -> ir.Value:
@@ -50,7 +54,7 @@ def reward(signals: ir.Table, weights: Mapping[str, float] = SIGNAL_WEIGHTS) -> 
       weights: signal → weight.
 
     Raises:
-      InputError: a signal that doesn't exist.
+      InputError: a signal that doesn't exist, or a weight that isn't a number.
     """
     unknown = [name for name in weights if name not in SIGNAL_WEIGHTS]
     if unknown or not weights:
@@ -58,6 +62,12 @@ def reward(signals: ir.Table, weights: Mapping[str, float] = SIGNAL_WEIGHTS) -> 
             f"collective.collective_feedback.signal_weights names {unknown or 'no signal'}; there "
             f"are: {', '.join(SIGNAL_WEIGHTS)}."
         )
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise InputError(
+                f"collective.collective_feedback.signal_weights[{name!r}] is {weight!r}; it must "
+                "be a finite number."
+            )
     return sum(signals[name].cast("float64") * weight for name, weight in weights.items())
 
 
@@ -81,7 +91,8 @@ def collective_feedback(
     `low` and `high` are the `outliers` and 1 − `outliers` quantiles of the training rows' shrunk
     rewards. For κ = 4, n = 1, m = 1.5 and t = 1: shrunk = (1.5 + 4) / 5 = 1.1. Rows of the held-out
     splits are for measuring: their label is the mean reward on the same scale, clipped, but neither
-    shrunk nor rounded.
+    shrunk nor rounded. Quantiles, unlike the extremes, don't move with one odd reaction. Rewards
+    are counted in ten-thousandths, so that sums are exact and the same in whatever order.
 
     Args:
       transitions: TRANSITIONS; rows with shorter histories are left out.
@@ -93,11 +104,13 @@ def collective_feedback(
       outliers: share cut off at either end of the scale.
 
     Raises:
-      InputError: an argument out of range, or no move is left.
+      InputError: an argument out of range, no training move is left, or all have one reward.
     """
     _check_arguments(history_length, shrinkage, min_count, rounding, outliers)
-    cells = _cells(transitions, history_length, signal_weights)
+    cells, too_short = _cells(transitions, history_length, signal_weights)
     train = cells["split"] == "train"
+    kept = ~train | (cells["count"] >= min_count)
+    _check_training_moves(int(train.sum()), int((train & kept).sum()), history_length, min_count)
     if shrinkage is None:
         shrinkage = estimate_shrinkage(
             cells["next_cluster"][train],
@@ -112,19 +125,22 @@ def collective_feedback(
     overall = sums.sum() / max(users.sum(), 1)
     target_mean = np.where(users > 0, sums / np.maximum(users, 1), overall)[places]
     shrunk = (count * mean + shrinkage * target_mean) / (count + shrinkage)
-    kept = ~train | (cells["count"] >= min_count)
-    if not (train & kept).any():
-        raise InputError(
-            f"No move of {history_length} clusters was made by collective.collective_feedback."
-            f"min_count = {min_count} users in the training period. Lower it."
-        )
     low, high = np.quantile(shrunk[train & kept], [outliers, 1 - outliers])
-    span = max(high - low, 1e-9)
-    scaled = np.clip((np.where(train, shrunk, mean) - low) / span, 0, 1)
+    if not high - low > 1 / _GRAIN:
+        raise InputError(
+            f"All {int((train & kept).sum())} training moves have the same shrunk reward, "
+            f"{low:.4g}, so that none is better than another. Check the log's feedback columns "
+            "and collective.collective_feedback.signal_weights, min_count and outliers."
+        )
+    scaled = np.clip((np.where(train, shrunk, mean) - low) / (high - low), 0, 1)
     labels = np.where(train, np.clip(np.round(scaled / rounding) * rounding, 0, 1), scaled)
     columns = {name: column for name, column in cells.items() if name != "squares"}
     table = pa.table({**columns, "label": labels.astype(np.float32)}).filter(pa.array(kept))
-    return Collective(table, float(shrinkage), float(low), float(high))
+    dropped = {
+        f"transitions with fewer than {history_length} clusters of history": too_short,
+        f"training moves made by fewer than {min_count} users": int((~kept).sum()),
+    }
+    return Collective(table, float(shrinkage), float(low), float(high), dropped)
 
 
 def estimate_shrinkage(
@@ -165,12 +181,16 @@ def estimate_shrinkage(
 
 def _cells(
     transitions: ir.Table, history_length: int, weights: Mapping[str, float]
-) -> dict[str, np.ndarray]:
-    """Aggregates moves on the back end; returns columns, sorted by split, history, next cluster."""
+) -> tuple[dict[str, np.ndarray], int]:
+    """Aggregates moves on the back end.
+
+    Returns columns, sorted by split, history, next cluster, and how many rows were too short.
+    """
     rows = transitions.filter(transitions.history.length() >= history_length)
+    too_short = transitions.count() - rows.count().as_scalar()
     start = rows.history.length() - history_length
     places = {f"h{i}": rows.history[start + i] for i in range(history_length)}
-    rows = rows.mutate(**places, reward=reward(rows, weights))
+    rows = rows.mutate(**places, reward=(reward(rows, weights) * _GRAIN).round().cast("float64"))
     cells = (
         rows.group_by("split", *places, "next_cluster")
         .aggregate(
@@ -179,15 +199,31 @@ def _cells(
             liked=rows.liked.cast("float64").mean(),
             shared=rows.shared.cast("float64").mean(),
             skipped=rows.skipped.cast("float64").mean(),
-            reward=rows.reward.mean(),
-            squares=(rows.reward * rows.reward).mean(),
+            reward=rows.reward.sum(),
+            squares=(rows.reward * rows.reward).sum(),
         )
         .order_by("split", *places, "next_cluster")
         .to_pyarrow()
     )
     columns = {n: cells[n].to_numpy() for n in cells.column_names if n not in places}
+    columns["reward"] = columns["reward"] / _GRAIN / columns["count"]
+    columns["squares"] = columns["squares"] / _GRAIN**2 / columns["count"]
     histories = np.stack([cells[name].to_numpy() for name in places], axis=1)
-    return {**columns, "history": list(histories)}
+    return {**columns, "history": list(histories)}, too_short.to_pyarrow().as_py()
+
+
+def _check_training_moves(found: int, kept: int, history_length: int, min_count: int) -> None:
+    if not found:
+        raise InputError(
+            f"There is no novel transition from {history_length} clusters of history in the "
+            "training period. Check transitions.split_times, pipeline.aggregate.history_length "
+            "and pipeline.aggregate.look_back_days, or use a longer log."
+        )
+    if not kept:
+        raise InputError(
+            f"None of {found} training moves was made by collective.collective_feedback.min_count "
+            f"= {min_count} users. Lower it."
+        )
 
 
 def _check_arguments(history_length, shrinkage, min_count, rounding, outliers) -> None:

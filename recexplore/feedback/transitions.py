@@ -4,10 +4,13 @@ Everything here is an Ibis expression: it runs on DuckDB, or where the log is. T
 novel events with the clusters their user knew at the time, one row a cluster.
 """
 
+import math
 from typing import NamedTuple
 
 import ibis
 import ibis.expr.types as ir
+import numpy as np
+from jaxtyping import Float
 
 from recexplore.errors import InputError
 
@@ -33,7 +36,7 @@ def split_times(
       validation_share: part in the validation period before it.
 
     Raises:
-      InputError: shares out of range, or all interactions at one time.
+      InputError: shares out of range, no interactions, or all of them at one time.
     """
     for name, share in (("test_share", test_share), ("validation_share", validation_share)):
         if not 0 < share < 1:
@@ -52,6 +55,8 @@ def split_times(
         first=time.min(),
     ).to_pyarrow()
     validation, test, first = (cuts[name][0].as_py() for name in ("validation", "test", "first"))
+    if first is None:
+        raise InputError("The log can't be split by time: it has no interactions.")
     if not first < validation < test:
         raise InputError(
             "The log can't be split by time: its interactions are at too few different times "
@@ -95,6 +100,16 @@ def _known_before(points: ir.Table, known: ir.Table, look_back: int | None) -> i
     return points.join(known, conditions)
 
 
+def _novel(moves: ir.Table, look_back: int | None) -> ir.Table:
+    """The moves into clusters that their user didn't know."""
+    window = ibis.window(group_by=[moves.user_id, moves.cluster_id], order_by=moves.timestamp)
+    marked = moves.mutate(before=moves.timestamp.lag().over(window))
+    is_novel = marked.before.isnull()
+    if look_back is not None:
+        is_novel = is_novel | (marked.before < marked.timestamp - look_back)
+    return marked.filter(is_novel).drop("before")
+
+
 def novel_transitions(
     interactions: ir.Table,
     item_clusters: ir.Table,
@@ -119,7 +134,10 @@ def novel_transitions(
       look_back_days: how long a cluster stays known; None: for ever.
 
     Returns:
-      Rows with at least two clusters of history.
+      Rows with at least two clusters of history. `count_left_out` says how many others there are.
+
+    Raises:
+      InputError: `max_history` below 2, or `look_back_days` shorter than a second or not finite.
     """
     look_back = _seconds(look_back_days)
     if max_history < _MIN_HISTORY:
@@ -128,13 +146,7 @@ def novel_transitions(
             f"values of pipeline.tokenize.novelty_histories must be at least {_MIN_HISTORY}."
         )
     moves = _moves(interactions, item_clusters)
-    window = ibis.window(group_by=[moves.user_id, moves.cluster_id], order_by=moves.timestamp)
-    before = moves.timestamp.lag().over(window)
-    marked = moves.mutate(before=before)
-    is_novel = marked.before.isnull()
-    if look_back is not None:
-        is_novel = is_novel | (marked.before < marked.timestamp - look_back)
-    novel = marked.filter(is_novel).drop("before")
+    novel = _novel(moves, look_back)
     key = ["user_id", "timestamp", "cluster_id"]
 
     engaged = _known(moves.filter(~moves.skipped))
@@ -158,6 +170,38 @@ def novel_transitions(
     return rows.mutate(split=split).rename(next_cluster="cluster_id")
 
 
+def count_left_out(
+    interactions: ir.Table,
+    item_clusters: ir.Table,
+    *,
+    num_transitions: int,
+    look_back_days: int | float | None = None,
+) -> dict[str, int]:
+    """What of a log is in no transition, by reason, for counts.json.
+
+    Args:
+      interactions: INTERACTIONS.
+      item_clusters: ITEM_CLUSTERS.
+      num_transitions: how many `novel_transitions` found.
+      look_back_days: as there.
+
+    Returns:
+      "interactions without a cluster", which are ignored altogether, and "novel moves with fewer
+      than 2 clusters of history", every user's first among them.
+
+    Raises:
+      InputError: as in `novel_transitions`.
+    """
+    novel = _novel(_moves(interactions, item_clusters), _seconds(look_back_days))
+    alone = interactions.anti_join(item_clusters, "item_id")
+    return {
+        "interactions without a cluster": alone.count().to_pyarrow().as_py(),
+        f"novel moves with fewer than {_MIN_HISTORY} clusters of history": (
+            novel.count().to_pyarrow().as_py() - num_transitions
+        ),
+    }
+
+
 def histories_in_log(
     interactions: ir.Table,
     item_clusters: ir.Table,
@@ -167,16 +211,26 @@ def histories_in_log(
 ) -> ir.Table:
     """HISTORIES: the last `history_length` clusters at which some user stood after some event.
 
+    Every user's last history is among them: those are what an exploration table is asked for.
+
     Args:
       interactions: INTERACTIONS.
       item_clusters: ITEM_CLUSTERS.
       history_length: K.
-      look_back_days: as in `novel_transitions`.
+      look_back_days: as in `novel_transitions`; the window ends a second after the event.
+
+    Raises:
+      InputError: `history_length` below 1, or `look_back_days` as in `novel_transitions`.
     """
+    if history_length < 1:
+        raise InputError(
+            f"pipeline.aggregate.history_length is {history_length}; it must be at least 1."
+        )
+    look_back = _seconds(look_back_days)
     moves = _moves(interactions, item_clusters)
     engaged = moves.filter(~moves.skipped)
     points = engaged.select("user_id", timestamp=engaged.timestamp + 1).distinct()
-    latest = _known_before(points, _known(engaged), _seconds(look_back_days))
+    latest = _known_before(points, _known(engaged), look_back)
     key = ["user_id", "timestamp"]
     recency = ibis.window(group_by=key, order_by=[ibis.desc("since"), ibis.desc("known_cluster")])
     latest = latest.mutate(place=ibis.row_number().over(recency))
@@ -193,12 +247,34 @@ def histories_in_log(
     )
 
 
+def recency_weights(count: int, half_life: float | None) -> Float[np.ndarray, "R"]:
+    """Weights of `count` rows, oldest first: 1 for the newest, fading by halves.
+
+    Args:
+      count: R.
+      half_life: as a share of all rows; with 1/4, the row a quarter of the way back weighs 1/2.
+        None: every row weighs 1.
+
+    Raises:
+      InputError: a half-life that isn't positive.
+    """
+    if half_life is None:
+        return np.ones(count)
+    if not half_life > 0:
+        raise InputError(
+            f"A half-life of {half_life} is not positive. Bind a share of the training rows, such "
+            "as 0.25, or None for rows that count alike whenever they were made."
+        )
+    age = np.arange(count)[::-1] / max(count, 1)
+    return 0.5 ** (age / half_life)
+
+
 def _seconds(look_back_days: int | float | None) -> int | None:
     if look_back_days is None:
         return None
-    if not look_back_days > 0:
+    if not (math.isfinite(look_back_days) and look_back_days * _DAY >= 1):
         raise InputError(
-            f"pipeline.aggregate.look_back_days is {look_back_days}; it must be positive, or None "
-            "for the whole log."
+            f"pipeline.aggregate.look_back_days is {look_back_days}; it must be positive (a second "
+            "at least), or None for the whole log."
         )
     return int(look_back_days * _DAY)

@@ -30,17 +30,25 @@ def rating_to_feedback(ratings: ir.Table) -> ir.Table:
     ).drop("rating")
 
 
-def read_movielens(folder: str) -> InteractionLog:
+def read_movielens(folder: str, *, tags_share: float = 0.7) -> InteractionLog:
     """A MovieLens folder with ratings.csv and movies.csv, and tags.csv if it is there.
 
     An item's title is the film's without the year; its text are its genres and users' tags.
 
     Args:
       folder: such as ml-latest-small or ml-25m.
+      tags_share: tags are taken only from the time in which the first so many of the ratings were
+        made. It should be the share of the log that is trained on: what clusters are made of must
+        not know of the held-out period.
 
     Raises:
-      InputError: the folder or a file is missing, or a column isn't there.
+      InputError: the folder or a file is missing, a column isn't there, or `tags_share` is not
+        within 0 to 1.
     """
+    if not 0 <= tags_share <= 1:
+        raise InputError(
+            f"movielens.read_movielens.tags_share is {tags_share}; it must lie between 0 and 1."
+        )
     path = Path(folder)
     if not path.is_dir():
         raise InputError(
@@ -63,10 +71,19 @@ def read_movielens(folder: str) -> InteractionLog:
         title=movies.title.re_replace(r"\s*\(\d{4}\)\s*$", ""),
         text=genres,
     )
+    dropped = {}
     if (path / "tags.csv").exists():
-        items = _with_tags(items, read, path / "tags.csv")
+        tags = _with_columns(
+            read,
+            path / "tags.csv",
+            {"userId": "int64", "movieId": "int64", "tag": "string", "timestamp": "int64"},
+        )
+        last = ratings.timestamp.quantile(tags_share).to_pyarrow().as_py()
+        late = tags.timestamp >= (last or 0)
+        items = _with_tags(items, tags.filter(~late))
+        dropped["tags of the held-out period"] = late.sum().fill_null(0).to_pyarrow().as_py()
     renamed = ratings.rename(user_id="userId", item_id="movieId")
-    return InteractionLog(rating_to_feedback(renamed), items, source=str(path))
+    return InteractionLog(rating_to_feedback(renamed), items, str(path), dropped)
 
 
 def read_movielens_tfds(name: str = "movielens/latest-small") -> InteractionLog:
@@ -110,10 +127,9 @@ def read_movielens_tfds(name: str = "movielens/latest-small") -> InteractionLog:
     return InteractionLog(rating_to_feedback(interactions), items, source=f"TFDS {name}")
 
 
-def _with_tags(items: ir.Table, read, path: Path) -> ir.Table:
-    tags = _with_columns(read, path, {"movieId": "int64", "tag": "string"})
-    order = [tags.userId, tags.timestamp, tags.tag] if "userId" in tags.columns else [tags.tag]
-    joined = tags.group_by("movieId").aggregate(tags=tags.tag.collect(order_by=order).join(" "))
+def _with_tags(items: ir.Table, tags: ir.Table) -> ir.Table:
+    words = tags.tag.collect(order_by=[tags.userId, tags.timestamp, tags.tag]).join(" ")
+    joined = tags.group_by("movieId").aggregate(tags=words)
     both = items.left_join(joined, items.item_id == joined.movieId)
     return both.select("item_id", "title", text=(both.text + " " + both.tags.fill_null("")).strip())
 

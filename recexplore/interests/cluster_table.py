@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float
 
 from recexplore import artifacts
 from recexplore.errors import InputError
 from recexplore.interests.clustering import ItemClustering
+from recexplore.interests.embeddings import places_of_items
 
 _CLUSTERS, _ITEM_CLUSTERS = "clusters.parquet", "item_clusters.parquet"
 
@@ -44,10 +44,12 @@ class ClusterTable:
           embeddings: of the items.
           clustering: of the items.
           descriptions: of the clusters.
+
+        Raises:
+          InputError: an interaction with an unknown item.
         """
         labels, count = clustering.labels, len(descriptions)
-        places = pc.index_in(interactions["item_id"], items["item_id"].combine_chunks())
-        watched = np.bincount(labels[places.to_numpy()], minlength=count)
+        watched = np.bincount(labels[places_of_items(items, interactions)], minlength=count)
         centroids = [embeddings[labels == c].mean(axis=0) for c in range(count)]
         clusters = pa.table(
             {

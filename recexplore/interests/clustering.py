@@ -37,19 +37,29 @@ def cluster_items(
       restarts: splits tried for each, the best of which is kept.
 
     Raises:
-      InputError: fewer different items than clusters, or fewer than 2 clusters.
+      InputError: fewer different items than clusters, fewer than 2 clusters, or no restarts.
     """
     different = len(np.unique(embeddings, axis=0))
-    if not 2 <= num_clusters <= different:
+    if not isinstance(num_clusters, int) or not 2 <= num_clusters <= different:
+        raise InputError(_TOO_MANY.format(num_clusters, different))
+    if not isinstance(restarts, int) or restarts < 1:
         raise InputError(
-            f"clustering.cluster_items.num_clusters is {num_clusters}; it must lie between 2 and "
-            f"the number of different items, {different}."
+            f"clustering.cluster_items.restarts is {restarts}; it must be a whole number from 1 on."
         )
     model = BisectingKMeans(
         num_clusters, random_state=seed, n_init=restarts, bisecting_strategy="biggest_inertia"
     ).fit(embeddings)
+    used = len(np.unique(model.labels_))
+    if used < num_clusters:  # items that differ by no more than rounding
+        raise InputError(_TOO_MANY.format(num_clusters, used))
     paths = _paths(model._bisecting_tree, num_clusters)
     return ItemClustering(model.labels_.astype(np.int32), paths)
+
+
+_TOO_MANY = (
+    "clustering.cluster_items.num_clusters is {}; it must be a whole number between 2 and the "
+    "number of different items, {}."
+)
 
 
 def _paths(tree, num_clusters: int) -> list[list[int]]:

@@ -1,15 +1,30 @@
 """A few words for each cluster: what sets its items apart from the others'."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 from jaxtyping import Int
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 
 from recexplore.errors import InputError
 
-_WORD = r"(?u)\b[a-z][a-z0-9]{2,}\b"
-_MOST_WORDS = 6
+_WORD = r"(?u)\b[a-z][a-z0-9]{2,}\b"  # lower-case letters and digits, no number alone
+_FEWEST_WORDS, _MOST_WORDS = 2, 6
+_SEVERAL = 3  # items that must share a word before it says something about their cluster
+_DOUBT = 1.0  # items' worth of belief that a word is no commoner here than elsewhere
+_FILLERS = {"didn", "does", "doesn", "don", "got", "isn", "just", "like", "said", "say", "says"}
+
+
+class _Words(NamedTuple):
+    """In how many items of each cluster [M] each word [V] stands."""
+
+    counts: sp.csr_matrix  # [M, V]
+    sizes: np.ndarray  # [M], items
+    vocabulary: np.ndarray  # [V], in alphabetical order
+    shares: np.ndarray  # [V], of all items
 
 
 def describe_clusters(
@@ -21,11 +36,19 @@ def describe_clusters(
 ) -> list[str]:
     """Describes each cluster by its words of highest class-based TF-IDF (Grootendorst 2022).
 
-    For a word w that occurs in the share p(w, c) of the items of cluster c, and in the share p(w)
-    of all items, the weight is p(w, c) · log(1 + p(w, c) / p(w)): frequent in the cluster, rare
-    outside. A word of one or two items (a name, say) counts only where
-    nothing else is left. Descriptions get
-    further words until no two are alike.
+    A word w in n of the N items of cluster c, where e = N · p(w) would be expected if clusters
+    didn't matter, has the weight
+
+        n / N · log((n + 1) / (e + 1))
+
+    frequent in the cluster, rare outside. The ones keep names out that a few items happen to share.
+    Of 60 items, 50 with a word that half of all items have: 50/60 · log(51/31) = 0.41; 3 with a
+    word that nobody else has (e ≈ 0): 3/60 · log(4/1) = 0.07. Words in fewer than three items are
+    taken only where there is nothing better.
+
+    Clusters whose first `words` words are the same each get one word more, which must set them
+    apart both from one another and from all others: the e of its weight is the larger of the two.
+    This is repeated until no two are alike.
 
     Args:
       texts: title and text of each item.
@@ -34,86 +57,111 @@ def describe_clusters(
       extra_stop_words: words never to use, besides English stop words.
 
     Returns:
-      M unique descriptions of 2 to 6 lower-case words.
+      M unique descriptions of 2 to 6 words of lower-case letters and digits.
 
     Raises:
-      InputError: `words` out of range, or two clusters whose items have the very same words.
+      InputError: `words` out of range, a cluster without items, or two clusters whose items have
+        the very same words.
     """
-    if not 2 <= words <= _MOST_WORDS:
+    if not _FEWEST_WORDS <= words <= _MOST_WORDS:
         raise InputError(
-            f"descriptions.describe_clusters.words is {words}; it must lie between 2 and "
-            f"{_MOST_WORDS}."
+            f"descriptions.describe_clusters.words is {words}; it must lie between "
+            f"{_FEWEST_WORDS} and {_MOST_WORDS}."
         )
-    ranked = _ranked_words(texts, labels, extra_stop_words)
-    taken: dict[frozenset[str], int] = {}
-    chosen = []
-    for cluster, ranking in enumerate(ranked):
-        for candidate in _candidates(ranking, words):
-            if frozenset(candidate) not in taken:
-                break
-        else:
+    found = _count_words(texts, labels, extra_stop_words)
+    chosen = [_ranked(found, cluster, found.shares)[:words] for cluster in range(len(found.sizes))]
+    for description in chosen:
+        description += _commonest(found, description)
+    while alike := _alike(chosen):
+        grown = [_tell_apart(found, chosen, group) for group in alike]
+        if not all(grown):
+            first, second = alike[grown.index(False)][:2]
             raise InputError(
-                f"Clusters {taken[frozenset(candidate)]} and {cluster} can't be told apart in "
-                "words: their items share all of them. Give items more text, or bind fewer "
-                "clustering.cluster_items.num_clusters."
+                f"Clusters {first} and {second} can't be told apart in words: both would be called "
+                f"{' '.join(chosen[first])!r}. Give items more text (titles, genres, tags), or "
+                "bind fewer clustering.cluster_items.num_clusters."
             )
-        taken[frozenset(candidate)] = cluster
-        chosen.append(" ".join(candidate))
-    return chosen
+    return [" ".join(description) for description in chosen]
 
 
-def _candidates(ranking: list[str], words: int) -> Iterator[list[str]]:
-    """Descriptions from best to worst: the best words; with another last word; with more words."""
-    for size in range(words, _MOST_WORDS + 1):
-        for last in ranking[size - 1 : size + 2]:
-            yield [*ranking[: size - 1], last]
-    for last in ranking[_MOST_WORDS:]:
-        yield [*ranking[: _MOST_WORDS - 1], last]
-
-
-def _ranked_words(texts, labels, extra_stop_words) -> list[list[str]]:
-    """For each cluster its words, best first; ties in alphabetical order."""
-    stop_words = sorted(ENGLISH_STOP_WORDS | set(extra_stop_words))
+def _count_words(texts, labels, extra_stop_words) -> _Words:
+    stop_words = sorted(ENGLISH_STOP_WORDS | _FILLERS | set(extra_stop_words))
     vectorizer = CountVectorizer(
-        lowercase=True, token_pattern=_WORD, stop_words=stop_words, binary=True
+        strip_accents="unicode", token_pattern=_WORD, stop_words=stop_words, binary=True
     )
     try:
-        counts = vectorizer.fit_transform(texts).tocsr()
+        occurs = vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise InputError(
-            "The items' titles and texts hold no words to describe clusters with. Give items.text "
-            "words such as genres or tags."
-        ) from error
+        raise InputError(_NO_WORDS.format(0)) from error
     vocabulary = vectorizer.get_feature_names_out()
-    everywhere = np.asarray(counts.sum(axis=0)).ravel()
-    ranked = []
-    for cluster in range(int(labels.max()) + 1):
-        members = np.flatnonzero(labels == cluster)
-        here = np.asarray(counts[members].sum(axis=0)).ravel()
-        share = here / len(members)
-        lift = share * len(texts) / np.maximum(everywhere, 1)
-        weight = share * np.log1p(lift)
-        weight[here < np.minimum(3, len(members))] *= 1e-3
-        order = np.lexsort((vocabulary, -weight))
-        ranking = [str(vocabulary[i]) for i in order if here[i] > 0]
-        ranked.append(_without_repeats(ranking) + _fill(vocabulary, everywhere, ranking))
-    return ranked
+    if len(vocabulary) < _FEWEST_WORDS:
+        raise InputError(_NO_WORDS.format(len(vocabulary)))
+    sizes = np.bincount(labels)
+    if not sizes.all():
+        raise InputError(
+            f"Cluster {int(np.argmin(sizes))} has no items, so that there is nothing to describe. "
+            "Run `recexplore cluster` again."
+        )
+    members = sp.csr_matrix((np.ones(len(labels), np.int64), (labels, np.arange(len(labels)))))
+    shares = np.asarray(occurs.sum(axis=0)).ravel() / len(labels)
+    return _Words((members @ occurs).tocsr(), sizes, vocabulary, shares)
 
 
-def _without_repeats(ranking: list[str]) -> list[str]:
-    """Leaves out a word whose singular or plural stands before it."""
-    kept, stems = [], set()
-    for word in ranking:
-        stem = word[:-1] if word.endswith("s") else word
+_NO_WORDS = (
+    "The items' titles and texts hold {} words that could describe clusters; at least 2 are "
+    "needed. Give items.text words such as genres or tags."
+)
+
+
+def _ranked(found: _Words, cluster: int, others: np.ndarray) -> list[str]:
+    """The cluster's words, best first, compared with the shares [V] that others have of them.
+
+    Words that several items share come first, then those of fewer items, then words that are no
+    commoner here than elsewhere; ties in alphabetical order.
+    """
+    row, size = found.counts[cluster], found.sizes[cluster]
+    here, places = row.data.astype(np.float64), row.indices
+    expected = size * np.maximum(others, found.shares)[places]
+    weight = here / size * np.log((here + _DOUBT) / (expected + _DOUBT))
+    tier = np.where(weight <= 0, 2, here < min(_SEVERAL, size))
+    order = np.lexsort((places, -weight.round(12), tier))  # rounded: equal shares are ties
+    words, stems = [], set()
+    for word in found.vocabulary[places[order]]:
+        stem = _stem(word)
         if stem not in stems:
-            kept.append(word)
+            words.append(str(word))
             stems.add(stem)
-    return kept
+    return words
 
 
-def _fill(vocabulary, everywhere, ranking: list[str]) -> list[str]:
-    """The commonest words of all, for a cluster with fewer than two words of its own."""
-    if len(ranking) >= 2:
-        return []
-    order = np.lexsort((vocabulary, -everywhere))[:_MOST_WORDS]
-    return [str(vocabulary[i]) for i in order if str(vocabulary[i]) not in ranking]
+def _tell_apart(found: _Words, chosen: list[list[str]], group: list[int]) -> bool:
+    """Gives clusters of the same description one word more each; False if none is left."""
+    grew = False
+    taken = {_stem(word) for word in chosen[group[0]]}
+    shares = np.asarray(found.counts[group].sum(axis=0)).ravel() / found.sizes[group].sum()
+    for cluster in group:
+        if len(chosen[cluster]) < _MOST_WORDS:
+            words = _ranked(found, cluster, shares)
+            fresh = [word for word in words if _stem(word) not in taken][:1]
+            chosen[cluster] += fresh
+            grew = grew or bool(fresh)
+    return grew
+
+
+def _alike(chosen: list[list[str]]) -> list[list[int]]:
+    groups = defaultdict(list)
+    for cluster, words in enumerate(chosen):
+        groups[frozenset(words)].append(cluster)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _commonest(found: _Words, description: list[str]) -> list[str]:
+    """The commonest words of all, as many as a cluster with too few of its own needs."""
+    order = np.lexsort((found.vocabulary, -found.shares))[: 2 * _FEWEST_WORDS]
+    others = [str(word) for word in found.vocabulary[order] if word not in description]
+    return others[: max(0, _FEWEST_WORDS - len(description))]
+
+
+def _stem(word: str) -> str:
+    """A word without its plural, so that "boy boys" is not a description."""
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word

@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from recexplore import artifacts
 from recexplore.errors import InputError
 
+_REMEDY = "Run `recexplore explore` again."
+
 
 class Exploration(NamedTuple):
     """The clusters chosen for one history, best first, with both models' opinions."""
@@ -25,22 +27,22 @@ class ExplorationTable:
 
     Args:
       table: EXPLORATION_TABLE.
+      source: what error messages call it.
 
     Raises:
-      InputError: a history stands there twice, or a row's lists are of different lengths.
+      InputError: a row has a null or a value that is no number, its lists are of different
+        lengths, it names a cluster twice or a negative one, or its history was there before.
     """
 
-    def __init__(self, table: pa.Table):
+    def __init__(self, table: pa.Table, source: str | Path = "The exploration table"):
         columns = [table[name].to_pylist() for name in artifacts.EXPLORATION_TABLE.names]
         self._rows: dict[tuple[int, ...], Exploration] = {}
-        for history, *answer in zip(*columns, strict=True):
-            if tuple(history) in self._rows:
-                raise InputError(f"The exploration table holds the history {history} twice.")
-            if len(set(map(len, answer))) != 1:
-                raise InputError(
-                    f"The exploration table's row for {history} has lists of different lengths: "
-                    "clusters, scores and log_probabilities must match."
-                )
+        for row, (history, *answer) in enumerate(zip(*columns, strict=True)):
+            problem = _problem(history, *answer)
+            if problem is None and tuple(history) in self._rows:
+                problem = "the history stands there twice"
+            if problem is not None:
+                raise InputError(f"{source}: row {row}, history {history}: {problem}. {_REMEDY}")
             self._rows[tuple(history)] = Exploration(*answer)
         self._table = table
 
@@ -69,7 +71,7 @@ class ExplorationTable:
         Raises:
           InputError: the file is missing, damaged, or not an exploration table.
         """
-        return cls(artifacts.read_table(path, artifacts.EXPLORATION_TABLE))
+        return cls(artifacts.read_table(path, artifacts.EXPLORATION_TABLE), path)
 
     def write(self, path: Path) -> None:
         """Writes the table as Parquet, atomically."""
@@ -84,3 +86,20 @@ class ExplorationTable:
 
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], Exploration]]:
         return iter(self._rows.items())
+
+
+def _problem(history, clusters, scores, log_probabilities) -> str | None:
+    """What is wrong with a row, if anything is."""
+    answer = (clusters, scores, log_probabilities)
+    if any(each is None or None in each for each in (history, *answer)):
+        return "a value is null"
+    if len(set(map(len, answer))) != 1:
+        return (
+            f"lists of different lengths: {len(clusters)} clusters, {len(scores)} scores, "
+            f"{len(log_probabilities)} log_probabilities"
+        )
+    if len(set(clusters)) != len(clusters) or min((*history, *clusters), default=0) < 0:
+        return f"clusters {clusters} must be distinct and, like the history, not negative"
+    if not all(map(np.isfinite, (*scores, *log_probabilities))):
+        return "scores and log_probabilities must be finite"
+    return None

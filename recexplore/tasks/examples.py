@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recexplore.errors import InputError
+from recexplore.feedback.transitions import recency_weights
 from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
 from recexplore.tasks.vocabulary import Vocabulary
 
@@ -76,24 +77,28 @@ def novelty_examples(
     descriptions: Sequence[str],
     history_length: int,
     exclude_seen: bool,
+    half_life: float | None = None,
 ) -> list[Example]:
     """History → description of the next cluster.
 
     Args:
-      transitions: TRANSITIONS, one example each.
+      transitions: TRANSITIONS, oldest first; one example each.
       descriptions: of all clusters.
       history_length: the prompt names the last so many clusters.
       exclude_seen: when the model is asked, all clusters that the user has seen will be excluded;
         otherwise only those that the prompt names.
+      half_life: older examples weigh less, see `transitions.recency_weights`.
     """
+    weights = recency_weights(transitions.num_rows, half_life).tolist()
     columns = (transitions[name].to_pylist() for name in ("history", "next_cluster", "seen"))
     return [
         Example(
             novelty_prompt([descriptions[c] for c in history[-history_length:]]),
             descriptions[target],
             seen if exclude_seen else history[-history_length:],
+            weight=weight,
         )
-        for history, target, seen in zip(*columns, strict=True)
+        for history, target, seen, weight in zip(*columns, weights, strict=True)
     ]
 
 

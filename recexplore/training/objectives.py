@@ -95,6 +95,28 @@ def pointwise_loss(
     return jnp.sum(losses * batch["weight"]), jnp.sum(batch["weight"])
 
 
+def misordered_pairs(
+    model: nn.Module,
+    params: dict,
+    trie: Trie,
+    batch: Batch,
+    dropout_key: Key[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The pairs of a batch whose scores are in the wrong order, and all pairs of different labels.
+
+    To choose the alignment model by: best-of-n needs the right order alone, and the pointwise loss
+    on a later period says more about how feedback as a whole has drifted since. A pair weighs as
+    the product of its examples; equal scores are half wrong. It has no gradient to train by.
+    """
+    del trie, dropout_key
+    scores = model.apply(params, batch["tokens"], batch["lengths"])
+    better = batch["label"][:, None] > batch["label"][None, :]
+    pairs = better * batch["weight"][:, None] * batch["weight"][None, :]
+    gaps = scores[:, None] - scores[None, :]
+    wrong = jnp.where(gaps < 0, 1.0, jnp.where(gaps == 0, 0.5, 0.0))
+    return jnp.sum(pairs * wrong), jnp.sum(pairs)
+
+
 def _description_loss(
     model, params, trie: Trie, batch: Batch, dropout_key, smoothing: float, within_trie: bool
 ):

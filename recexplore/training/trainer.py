@@ -39,11 +39,11 @@ class TrainingBatches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How training ended: steps taken, and the best checkpoint's step and validation loss."""
+    """How training ended: steps taken; the best checkpoint's step, and by what value it is best."""
 
     steps: int
     best_step: int
-    best_validation_loss: float
+    best_validation: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,7 @@ def train(
     progress: Callable[..., None],
     *,
     optimization: Optimization,
+    choose_by: Callable[..., Any] | None = None,
     evaluate_every: int = 100,
     log_every: int = 20,
     seed: int = 0,
@@ -124,6 +125,8 @@ def train(
       validation_batches: the whole validation split.
       progress: called as progress(step, steps, **figures).
       optimization: how long and how fast.
+      choose_by: what the best checkpoint has least of on the validation split: another objective;
+        None: the one trained for.
       evaluate_every: steps between two evaluations, each followed by a checkpoint.
       log_every: steps between two lines of metrics.jsonl.
       seed: of initialisation and dropout.
@@ -165,16 +168,25 @@ def train(
         in_shardings=(shardings, on_batch, everywhere, everywhere),
         out_shardings=(shardings, everywhere),
     )
-    one_evaluation = jax.jit(
-        functools.partial(evaluation_step, model=model, objective=objective),
-        in_shardings=(shardings.params, on_batch, everywhere),
-        out_shardings=everywhere,
-    )
+    measures = {"validation_loss": objective}
+    if choose_by is not None:
+        measures["validation_choice"] = choose_by
+    evaluations = {
+        name: jax.jit(
+            functools.partial(evaluation_step, model=model, objective=measure),
+            in_shardings=(shardings.params, on_batch, everywhere),
+            out_shardings=everywhere,
+        )
+        for name, measure in measures.items()
+    }
 
-    def validation_loss(params) -> float:
-        parts = [one_evaluation(params, put(batch), trie) for batch in validation_batches]
-        totals, weights = zip(*jax.device_get(parts), strict=True)
-        return float(sum(totals) / max(sum(weights), 1e-9))
+    def on_validation(params) -> dict[str, float]:
+        found = {}
+        for name, evaluate_batch in evaluations.items():
+            parts = [evaluate_batch(params, put(batch), trie) for batch in validation_batches]
+            totals, weights = zip(*jax.device_get(parts), strict=True)
+            found[name] = float(sum(totals) / max(sum(weights), 1e-9))
+        return found
 
     def put(batch):
         return jax.device_put(batch, on_batch)
@@ -207,16 +219,17 @@ def train(
                 curves.write(step, {**figures, "tokens_per_second": num_tokens / seconds})
                 began, num_tokens = time.monotonic(), 0
             if evaluate:
-                loss = validation_loss(state.average)
-                _check_finite(loss, step, figures, batch)
-                curves.write(step, {"validation_loss": loss})
-                checkpoints.save(step, state._asdict(), train_batches.position(), loss)
-                shown["validation_loss"] = loss
+                shown = on_validation(state.average)
+                for value in shown.values():
+                    _check_finite(value, step, figures, batch)
+                curves.write(step, shown)
+                *_, value = shown.values()
+                checkpoints.save(step, state._asdict(), train_batches.position(), value)
             progress(step, steps, **shown)
     curves.close()
-    best_step, best_loss = checkpoints.best()
+    best_step, best_validation = checkpoints.best()
     checkpoints.close()
-    return TrainResult(steps, best_step, best_loss)
+    return TrainResult(steps, best_step, best_validation)
 
 
 def _initial_state(

@@ -97,7 +97,9 @@ def some_rows(count=300, size=8, seed=0):
     last_two = np.array([random.choice(size, 2, replace=False) for _ in range(count)])
     seen = np.zeros((count, size), bool)
     np.put_along_axis(seen, last_two, True, axis=1)
-    targets = (last_two[:, 1] + 1 + random.integers(0, 2, count)) % size
+    step = 1 + random.integers(0, 2, count)
+    known = (last_two[:, 1] + step) % size == last_two[:, 0]
+    targets = (last_two[:, 1] + step + 2 * known) % size  # never one of the last two
     users = np.array([f"u{i % 40}" for i in range(count)])
     return Rows(users, last_two.tolist(), last_two, targets, seen)
 
@@ -140,10 +142,31 @@ def test_ease_is_ridge_regression_without_the_cluster_itself():
     np.testing.assert_allclose(found, rows.known_mask.astype(float) @ weights, atol=1e-8)
 
 
+def test_moves_fade_by_halves():
+    rows = some_rows(count=8)
+    weights = 0.5 ** (np.arange(8)[::-1] / 8 / 0.25)  # a quarter of eight rows back weighs half
+    assert weights[5] == 0.5 and weights[7] == 1.0
+    counts = np.bincount(rows.targets, weights, minlength=8)
+    assert baselines.popularity(rows, 0.25)(rows)[0] == pytest.approx(counts)
+    newest = baselines.markov(rows, 1e-9, 1e-3)(rows)[7]  # all but the last row forgotten
+    assert newest.argmax() == rows.targets[7]
+
+
 def test_constants_are_chosen_on_validation():
-    fitted = baselines.fit_all(some_rows(seed=0), some_rows(seed=1))
+    train, validation = some_rows(400, 30, seed=0), some_rows(300, 30, seed=1)
+    fitted = baselines.fit_all(train, validation)
     assert set(fitted) == {"history", "seen"}
     assert set(fitted["seen"]) == {"popularity", "markov", "pair_markov", "ease"}
+
+    def recall(baseline):
+        ranks = metrics.ranks(baseline(validation), validation.targets, validation.history_mask)
+        return metrics.recall(ranks, 10).mean()
+
+    values = [recall(baselines.popularity(train, h)) for h in (None, 1 / 2, 1 / 4, 1 / 32)]
+    assert len(set(values)) > 1
+    assert recall(fitted["history"]["popularity"]) >= max(values)
+    ridges = [recall(baselines.ease(train, ridge)) for ridge in (3.0, 100.0, 2000.0)]
+    assert recall(fitted["history"]["ease"]) >= max(ridges)
 
 
 def test_the_target_mean_weights_by_users_and_falls_back_to_the_overall_mean():

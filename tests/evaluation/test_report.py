@@ -18,6 +18,7 @@ def contents(**changes):
     defaults = dict(
         metrics=metrics,
         methods={"popularity": "popularity", "novelty": "novelty model"},
+        baselines=("popularity",),
         facts={"interactions": 1234.0, "shrinkage": 7.61},
         figures={"Reliability": figures.reliability(np.array([[0.1, 0.9], [0.2, 0.8], [5, 5]]))},
         explorations=[(["<b>bold</b>", "b & c"], [("space opera", 0.7, -2.5)])],

@@ -31,6 +31,8 @@ def test_the_reward_is_the_weighted_sum():
     assert values == pytest.approx([0.8 + 1.0, 0.1 - 1.0])
     with pytest.raises(InputError, match="names .'smiled'"):
         collective.reward(table, {"smiled": 1.0})
+    with pytest.raises(InputError, match=r"signal_weights\['liked'\] is nan"):
+        collective.reward(table, {"liked": float("nan")})
 
 
 def test_shrinkage_and_labels_by_hand():
@@ -70,12 +72,18 @@ def test_held_out_rows_are_neither_shrunk_nor_rounded():
 
 def test_histories_are_cut_to_their_last_clusters_and_rare_moves_dropped(tmp_path):
     rows = [((9, 0, 1), 2, 0.5, False, False), ((8, 0, 1), 2, 0.7, False, False)]
-    rows += [((0, 5), 2, 0.9, False, False)]
+    rows += [((0, 5), 2, 0.9, False, False), ((4,), 2, 0.9, False, False)]
+    rows += [((0, 5), 3, 0.1, False, False)] * 2
     found = collective.collective_feedback(
         ibis.memtable(moves(rows)), history_length=2, min_count=2, shrinkage=1.0
     )
     artifacts.write_table(tmp_path / "c.parquet", found.table, artifacts.COLLECTIVE)
-    assert [(r["history"], r["count"]) for r in found.table.to_pylist()] == [([0, 1], 2)]
+    kept = [(r["history"], r["count"]) for r in found.table.to_pylist()]
+    assert kept == [([0, 1], 2), ([0, 5], 2)]
+    assert found.dropped == {
+        "transitions with fewer than 2 clusters of history": 1,
+        "training moves made by fewer than 2 users": 1,
+    }
     with pytest.raises(InputError, match="min_count = 9"):
         collective.collective_feedback(ibis.memtable(moves(rows)), history_length=2, min_count=9)
 
@@ -112,3 +120,47 @@ def test_arguments_out_of_range_are_named(argument):
     table = ibis.memtable(moves([((0, 1), 2, 0.5, False, False)]))
     with pytest.raises(InputError, match=f"collective_feedback.{next(iter(argument))} is"):
         collective.collective_feedback(table, history_length=2, **argument)
+
+
+def test_the_same_bytes_in_whatever_order_and_batches():
+    random = np.random.default_rng(0)
+    rows = [
+        ((a, b), c, watched, liked, skipped)
+        for a, b, c, watched, liked, skipped in zip(
+            *random.integers(0, 3, (2, 4000)),
+            random.integers(3, 6, 4000),
+            random.random(4000),
+            *(random.random((2, 4000)) < 0.3),
+            strict=True,
+        )
+    ]
+    table = moves(rows)
+    shuffled = table.take(pa.array(random.permutation(4000)))
+    batches = pa.Table.from_batches(shuffled.to_batches(max_chunksize=37))
+    first, again = (
+        collective.collective_feedback(ibis.memtable(t), history_length=2) for t in (table, batches)
+    )
+    assert first.shrinkage == again.shrinkage
+    for name in ("reward", "label", "count"):
+        assert first.table[name].equals(again.table[name])
+
+
+def test_shrinkage_comes_from_the_training_rows_alone():
+    random = np.random.default_rng(0)
+    rows = [((0, h), t, w, False, False) for h in (1, 2) for t in (8, 9) for w in random.random(6)]
+    late = moves([((0, 1), 9, 1.0, True, False)] * 50, split="test")
+    alone = collective.collective_feedback(ibis.memtable(moves(rows)), history_length=2)
+    both = collective.collective_feedback(
+        ibis.memtable(pa.concat_tables([moves(rows), late])), history_length=2
+    )
+    assert (alone.shrinkage, alone.low, alone.high) == (both.shrinkage, both.low, both.high)
+
+
+def test_what_leaves_nothing_to_learn_is_refused():
+    same = moves([((0, 1), 2, 0.5, False, False), ((3, 1), 4, 0.5, False, False)])
+    with pytest.raises(InputError, match="All 2 training moves have the same shrunk reward, 0.5"):
+        collective.collective_feedback(ibis.memtable(same), history_length=2)
+    late = moves([((0, 1), 2, 0.5, False, False)], split="test")
+    for table in (late, late.slice(0, 0)):
+        with pytest.raises(InputError, match="no novel transition from 2 clusters"):
+            collective.collective_feedback(ibis.memtable(table), history_length=2)

@@ -3,7 +3,7 @@
 import ibis
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recexplore import artifacts
@@ -13,6 +13,7 @@ from recexplore.feedback.transitions import SplitTimes
 
 DAY = 86_400
 SPLITS = SplitTimes(validation=6 * DAY, test=8 * DAY)
+PROPENSITY = [None, 0.5, 0.25, 0.5, 0.75, None, None]  # of items
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from("ab"),  # user
@@ -25,6 +26,8 @@ EVENTS = st.lists(
     unique_by=lambda event: event[:3],
 )
 
+TWO_ITEMS_AT_ONCE = [("a", 0, 0, False), ("a", 1, 4, False), ("a", 2, 2, True), ("a", 2, 3, False)]
+
 
 def as_tables(events):
     interactions = pa.table(
@@ -32,11 +35,11 @@ def as_tables(events):
             "user_id": [u for u, *_ in events],
             "timestamp": [day * DAY for _, day, *_ in events],
             "item_id": [f"v{item}" for *_, item, _ in events],
-            "watch_fraction": pa.array([item / 10 for *_, item, _ in events], pa.float32()),
+            "watch_fraction": pa.array([item / 8 for *_, item, _ in events], pa.float32()),
             "liked": [item % 3 == 0 for *_, item, _ in events],
-            "shared": [False for _ in events],
+            "shared": [item == 5 for *_, item, _ in events],
             "skipped": [skipped for *_, skipped in events],
-            "propensity": pa.array([None for _ in events], pa.float32()),
+            "propensity": pa.array([PROPENSITY[item] for *_, item, _ in events], pa.float32()),
         }
     )
     clusters = pa.array([i // 2 for i in range(7)], pa.int32())
@@ -70,7 +73,13 @@ def walk(events, max_history, look_back):
                             "history": history,
                             "next_cluster": cluster,
                             "seen": seen,
+                            "watch_fraction": sum(item / 8 for _, item, _ in here) / len(here),
                             "liked": any(item % 3 == 0 for _, item, _ in here),
+                            "shared": any(item == 5 for _, item, _ in here),
+                            "propensity": min(
+                                (PROPENSITY[i] for _, i, _ in here if PROPENSITY[i] is not None),
+                                default=None,
+                            ),
                             "skipped": all(skipped for *_, skipped in here),
                         }
                     )
@@ -80,6 +89,7 @@ def walk(events, max_history, look_back):
 @pytest.mark.parametrize("look_back", [None, 3])
 @settings(max_examples=40, deadline=None)
 @given(events=EVENTS, max_history=st.integers(2, 4))
+@example(events=TWO_ITEMS_AT_ONCE, max_history=2)
 def test_transitions_are_those_of_a_plain_walk(look_back, events, max_history):
     table = transitions.novel_transitions(
         *as_tables(events), SPLITS, max_history=max_history, look_back_days=look_back
@@ -90,18 +100,24 @@ def test_transitions_are_those_of_a_plain_walk(look_back, events, max_history):
     assert rows.select(names).to_pylist() == [{n: row[n] for n in names} for row in expected]
 
 
+@pytest.mark.parametrize("look_back", [None, 3])
 @settings(max_examples=40, deadline=None)
 @given(events=EVENTS, length=st.integers(1, 3))
-def test_histories_are_where_users_stood_after_an_engaged_event(events, length):
-    table = transitions.histories_in_log(*as_tables(events), history_length=length)
+def test_histories_are_where_users_stood_after_an_engaged_event(look_back, events, length):
+    table = transitions.histories_in_log(
+        *as_tables(events), history_length=length, look_back_days=look_back
+    )
     found = {tuple(r["history"]): r["count"] for r in table.to_pyarrow().to_pylist()}
     expected = {}
     for user in {event[0] for event in events}:
         engaged = sorted((day, item // 2) for u, day, item, s in events if u == user and not s)
         for day in {day for day, _ in engaged}:
-            last = {
-                c: max(d for d, x in engaged if x == c and d <= day) for d, c in engaged if d <= day
-            }
+            known = [
+                (when, cluster)
+                for when, cluster in engaged
+                if when <= day and (look_back is None or when > day - look_back)
+            ]
+            last = {c: max(d for d, x in known if x == c) for _, c in known}
             state = tuple(c for _, c in sorted((d, c) for c, d in last.items()))[-length:]
             if len(state) == length:
                 expected[state] = expected.get(state, 0) + 1
@@ -124,6 +140,46 @@ def test_a_later_event_never_changes_an_earlier_transition():
     assert rows[0].equals(rows[1])
 
 
+@settings(max_examples=20, deadline=None)
+@given(events=EVENTS)
+def test_training_rows_are_the_same_whatever_comes_after_the_cut(events):
+    rows = []
+    for log in (events, [event for event in events if event[1] < 6]):
+        if log:
+            table = transitions.novel_transitions(*as_tables(log), SPLITS, max_history=3)
+            train = table.filter(table.split == "train")
+            rows.append(train.order_by("timestamp", "user_id", "next_cluster").to_pyarrow())
+    assert all(table.equals(rows[0]) for table in rows)
+
+
+@pytest.mark.parametrize("look_back", [None, 3])
+@settings(max_examples=20, deadline=None)
+@given(events=EVENTS)
+def test_what_is_in_no_transition_is_counted(look_back, events):
+    """The novel moves of a plain walk, whatever their history, and items of no cluster."""
+    interactions, clusters = as_tables(events)
+    clusters = clusters.filter(clusters.cluster_id != 3)
+    table = transitions.novel_transitions(
+        interactions, clusters, SPLITS, max_history=2, look_back_days=look_back
+    )
+    known = [(user, day, item // 2) for user, day, item, _ in events if item != 6]
+    novel = {
+        (user, day, c)
+        for user, day, c in known
+        if not any(
+            (u, x) == (user, c) and d < day and (look_back is None or d >= day - look_back)
+            for u, d, x in known
+        )
+    }
+    found = table.count().to_pyarrow().as_py()
+    assert transitions.count_left_out(
+        interactions, clusters, num_transitions=found, look_back_days=look_back
+    ) == {
+        "interactions without a cluster": len(events) - len(known),
+        "novel moves with fewer than 2 clusters of history": len(novel) - found,
+    }
+
+
 def test_time_is_cut_by_shares_of_the_interactions():
     times = ibis.memtable({"timestamp": list(range(1000))})
     splits = transitions.split_times(times, test_share=0.2, validation_share=0.1)
@@ -136,6 +192,17 @@ def test_time_is_cut_by_shares_of_the_interactions():
         (lambda t: transitions.split_times(t, test_share=0.0), "test_share is 0.0"),
         (lambda t: transitions.split_times(t, test_share=0.9), "they sum to 1.0"),
         (lambda t: transitions.split_times(t.filter(t.timestamp == 0)), "can't be split by time"),
+        (lambda t: transitions.split_times(t.filter(t.timestamp < 0)), "has no interactions"),
+        (
+            lambda t: transitions.histories_in_log(t, t, history_length=0),
+            "pipeline.aggregate.history_length is 0",
+        ),
+        (
+            lambda t: transitions.histories_in_log(
+                t, t, history_length=1, look_back_days=float("inf")
+            ),
+            "look_back_days is inf",
+        ),
         (
             lambda t: transitions.novel_transitions(t, t, SPLITS, max_history=1),
             "longest history is 1",

@@ -125,18 +125,21 @@ def test_ratings_become_feedback():
 
 
 def test_a_movielens_folder_is_a_log(tmp_path):
-    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n7,1,4.0,964982703\n")
+    (tmp_path / "ratings.csv").write_text(
+        "userId,movieId,rating,timestamp\n7,1,4.0,10\n7,2,4.0,20\n"
+    )
     (tmp_path / "movies.csv").write_text(
         'movieId,title,genres\n1,"Alien, The (1979)",Horror|Sci-Fi\n2,Other,(no genres listed)\n'
     )
     (tmp_path / "tags.csv").write_text(
-        "userId,movieId,tag,timestamp\n7,1,space,2\n8,1,monster ship,1\n"
+        "userId,movieId,tag,timestamp\n7,1,space,2\n8,1,monster ship,1\n9,2,late,18\n"
     )
     log = schema.check_log(movielens.read_movielens(str(tmp_path)))
     items = log.items.order_by("item_id").to_pyarrow().to_pylist()
     assert [item["title"] for item in items] == ["Alien, The", "Other"]
     assert [item["text"] for item in items] == ["Horror scifi space monster ship", ""]
-    assert log.interactions.to_pyarrow()["user_id"].to_pylist() == ["7"]
+    assert log.interactions.to_pyarrow()["user_id"].to_pylist() == ["7", "7"]
+    assert log.dropped == {"tags of the held-out period": 1}  # 70 % of the ratings end at 17
 
 
 def test_a_folder_that_is_not_movielens_is_refused(tmp_path):
@@ -152,4 +155,4 @@ def test_the_real_movielens_passes_the_checks_whole():
     log = schema.check_log(movielens.read_movielens(str(MOVIELENS)))
     assert log.interactions.count().to_pyarrow().as_py() == 100_836
     assert log.items.count().to_pyarrow().as_py() == 9_742
-    assert log.dropped == {}
+    assert log.dropped == {"tags of the held-out period": 1_727}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recexplore import artifacts
@@ -34,14 +35,20 @@ def test_its_metrics_count_what_it_shows():
     assert found["explore/mean_chosen"] == 1.5
 
 
-def test_damaged_tables_are_refused(tmp_path):
-    rows = {"history": [[0, 1], [0, 1]], "clusters": [[2], [3]]}
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"history": [[0, 1], [0, 1]]}, r"row 1, history \[0, 1\]: the history stands there twice"),
+        ({"scores": [[0.1], []]}, "row 1.*lists of different lengths"),
+        ({"clusters": [[2], [None]]}, "row 1.*a value is null"),
+        ({"clusters": [[2], [-3]]}, "row 1.*not negative"),
+        ({"scores": [[float("nan")], [0.2]]}, "row 0.*must be finite"),
+    ],
+)
+def test_damaged_tables_are_refused(tmp_path, changes, message):
+    rows = {"history": [[0, 1], [1, 0]], "clusters": [[2], [3]]}
     rows |= {"scores": [[0.1], [0.2]], "log_probabilities": [[0.1], [0.2]]}
-    twice = pa.table(rows)
-    artifacts.write_table(tmp_path / "t.parquet", twice, artifacts.EXPLORATION_TABLE)
-    with pytest.raises(InputError, match=r"history \[0, 1\] twice"):
-        ExplorationTable.read(tmp_path / "t.parquet")
-    ragged = pa.table({**rows, "history": [[0, 1], [1, 0]], "scores": [[0.1], []]})
-    artifacts.write_table(tmp_path / "t.parquet", ragged, artifacts.EXPLORATION_TABLE)
-    with pytest.raises(InputError, match="lists of different lengths"):
-        ExplorationTable.read(tmp_path / "t.parquet")
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({**rows, **changes}).cast(artifacts.EXPLORATION_TABLE), path)
+    with pytest.raises(InputError, match=message):
+        ExplorationTable.read(path)

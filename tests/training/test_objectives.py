@@ -109,3 +109,18 @@ def test_the_pointwise_loss_is_cross_entropy_with_soft_labels():
     expected = 2 * -(0.25 * np.log(chance[0]) + 0.75 * np.log(1 - chance[0])) - np.log(chance[1])
     assert float(total) == pytest.approx(expected, rel=1e-4)
     assert float(weight) == 3.0
+
+
+def test_misordered_pairs_are_counted_by_weight():
+    model, params = make(RewardModel)
+    params["params"]["head"] = jax.random.normal(jax.random.key(1), (16,))
+    prompts, targets = [[7, 5], [3], [4, 4], [4, 4]], [0, 2, 1, 1]
+    examples = batch(prompts, targets, weights=[2.0, 1.0, 3.0, 0.0], labels=[0.5, 1.0, 0.1, 0.9])
+    scores = np.asarray(model.apply(params, examples["tokens"], examples["lengths"]))
+    pairs = [(1, 0, 2.0), (0, 2, 6.0), (1, 2, 3.0)]  # better, worse, weight
+    wrong, total = objectives.misordered_pairs(model, params, TRIE, examples)
+    assert float(total) == 11.0
+    assert float(wrong) == sum(w for high, low, w in pairs if scores[high] < scores[low])
+    constant = jax.tree.map(jnp.zeros_like, params)
+    wrong, total = objectives.misordered_pairs(model, constant, TRIE, examples)
+    assert float(wrong) == 5.5

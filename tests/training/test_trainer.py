@@ -85,13 +85,13 @@ def losses(folder):
 
 def test_training_learns_and_the_best_parameters_can_be_loaded(tmp_path):
     result = run(tmp_path)
-    assert result.best_validation_loss < 0.3 < losses(tmp_path)[(10, "loss")]
+    assert result.best_validation < 0.3 < losses(tmp_path)[(10, "loss")]
     model = Transformer(CONFIG)
     params = saved.load_parameters(tmp_path, model)
     total, weight = objectives.constrained_description_loss(
         model, params, jax.tree.map(jnp.asarray, TRIE), jax.tree.map(jnp.asarray, next(Copying()))
     )
-    assert float(total / weight) == pytest.approx(result.best_validation_loss, rel=1e-4)
+    assert float(total / weight) == pytest.approx(result.best_validation, rel=1e-4)
 
 
 class Killed(Exception):
@@ -146,7 +146,7 @@ def test_sharded_parameters_train_like_whole_ones(tmp_path):
         steps=20,
         make_mesh=lambda: partitioning.make_mesh(data=2, fsdp=2, tensor=2),
     )
-    assert mixed.best_validation_loss == pytest.approx(data.best_validation_loss, rel=1e-3)
+    assert mixed.best_validation == pytest.approx(data.best_validation, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -182,3 +182,18 @@ def test_rules_put_logical_axes_on_the_mesh():
     assert found["layers"]["mlp"]["wo"].spec == jax.P(None, "tensor", "fsdp")
     shapes = nn.unbox(abstract)["params"]["token_embedder"].shape
     assert found["token_embedder"].shard_shape(shapes) == (4, 8)
+
+
+def test_the_best_checkpoint_is_the_one_with_least_of_what_it_is_chosen_by(tmp_path):
+    def distance_to_a_loss_of_one(model, params, trie, batch, dropout_key=None):
+        total, weight = objectives.constrained_description_loss(model, params, trie, batch)
+        return abs(total - weight), weight
+
+    result = run(tmp_path, choose_by=distance_to_a_loss_of_one, evaluate_every=5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {r["step"]: r for r in lines if "validation_choice" in r}
+    best = min(found, key=lambda step: found[step]["validation_choice"])
+    assert result.best_step == best < 60  # the loss itself is least at the end
+    assert result.best_validation == found[best]["validation_choice"]
+    for row in found.values():
+        assert row["validation_choice"] == pytest.approx(abs(row["validation_loss"] - 1), abs=1e-5)
