@@ -71,7 +71,7 @@ TRANSITIONS = pa.schema(
             ("skipped", pa.bool_()),
         ),
         pa.field("propensity", pa.float32()),
-        pa.field("seen", _HISTORY),  # clusters met before, ascending; null in the train split
+        pa.field("seen", _HISTORY),  # clusters met before, ascending; null where nobody asks
     ]
 )
 COLLECTIVE = pa.schema(

@@ -77,6 +77,8 @@ def _run(arguments: Sequence[str]) -> int:
     stages = pipeline.stages(configuration)
     configuration.check_all_used([(stage.selector, stage.model) for stage in stages])
     chosen = _chosen(flags, stages)
+    for stage in chosen:
+        configuration.check_required(stage.selector, stage.model)
     work = WorkDirectory(Path(flags.workdir), stages, configuration)
     if flags.dry_run:
         for stage in chosen:

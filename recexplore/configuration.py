@@ -93,6 +93,7 @@ class Configuration:
         self._bindings: dict[_Key, _Binding] = {}
         self._macros: dict[str, _Binding] = {}
         self._aliases: dict[str, str] = {}
+        self._open: list[Path] = []  # files being read, each included by the one before
         for file in files:
             self._read_file(file)
         for override in overrides:
@@ -151,6 +152,17 @@ class Configuration:
         Raises:
           InputError: naming what must be set and how.
         """
+        bound = self.reachable_from(selector, scope)
+        module = _module_of(selector)
+        node = _definitions(module)[selector[len(module) + 1 :]]
+        defaults = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        for argument in [a.arg for a, default in defaults if default is None]:
+            if not {str(_Key(s, selector, argument)) for s in ("", scope)} & bound.keys():
+                raise InputError(
+                    f"{_short_selector(selector)}.{argument} is not bound. A run file includes "
+                    "pipeline.gin, a file of models/ and one of data/; add the missing one with "
+                    "--gin_file."
+                )
         for name, text in self.reachable_from(selector, scope).items():
             if f"%{_REQUIRED}" in text:
                 macros = [m for m, b in self._macros.items() if _is_required(b.value)]
@@ -170,11 +182,16 @@ class Configuration:
         for folder in self._folders:
             path = folder / name
             if path.is_file():
+                if path in self._open:
+                    circle = " → ".join(str(p) for p in [*self._open, path])
+                    raise InputError(f"gin files include one another in a circle: {circle}.")
                 try:
                     text = path.read_text(encoding="utf-8")
                 except UnicodeDecodeError as error:
                     raise InputError(f"{path} is not UTF-8 text ({error}).") from error
+                self._open.append(path)
                 self._read_statements(text, str(path), {})
+                self._open.pop()
                 return
         looked = ", ".join(str(folder.resolve()) for folder in self._folders)
         raise InputError(f"gin file {name} was not found. Looked in: {looked}.")
@@ -283,6 +300,11 @@ def call_configured(function: Callable, scope: str, bindings: dict[str, str], *a
             function(*args)
         except InputError as error:  # gin adds a trail of calls, which is of no use to a person
             raise InputError(str(error).partition("\n  In call to configurable")[0]) from error
+        except OSError as error:  # gin's copy of it has forgotten its number and its file
+            cause = error
+            while cause is not None and getattr(cause, "errno", None) is None:
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
     return gin.operative_config_str()
 
 

@@ -8,7 +8,9 @@ arguments, bound by gin. Modules are imported inside the stages, so that asking 
 that nothing is left to do costs no JAX or TensorFlow.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,7 @@ def stages(configuration: "Configuration") -> list[Stage]:
             "pipeline.tokenize.novelty_histories must map model names to history lengths, and one "
             f"of them must be {NOVELTY!r}; it is {histories!r}."
         )
+    _check_histories(configuration, histories)
     models = [*histories, ALIGNMENT]
     trained = tuple(model_folder(name) for name in models)
     explorers = (model_folder(NOVELTY), model_folder(ALIGNMENT))
@@ -72,6 +75,46 @@ def stages(configuration: "Configuration") -> list[Stage]:
         ),
         Stage("report", report, (*rows, *trained, EXPLORATION, EVALUATION, METRICS), (REPORT,)),
     ]
+
+
+def _check_histories(configuration: "Configuration", histories: Mapping[str, Any]) -> None:
+    """Checks that the models' names and history lengths go together."""
+
+    def value(stage: Callable[..., Any], argument: str, default: Any) -> Any:
+        return configuration.value(f"{stage.__module__}.{stage.__name__}", argument, default)
+
+    setting = "pipeline.tokenize.novelty_histories (NOVELTY_HISTORIES)"
+    for name, length in histories.items():
+        if not re.fullmatch(r"\w+", str(name)) or name == ALIGNMENT:
+            raise InputError(
+                f"{setting} names a model {name!r}. Names are made of letters, digits and _, and "
+                f"{ALIGNMENT!r} is taken."
+            )
+        if not isinstance(length, int) or length < 1:
+            raise InputError(
+                f"{setting} gives {name!r} a history of {length!r} clusters; it must be a whole "
+                "number from 1 on."
+            )
+    history_length = value(tokenize, "history_length", 2)
+    if histories[NOVELTY] != history_length:
+        raise InputError(
+            f"{setting} gives {NOVELTY!r} a history of {histories[NOVELTY]} clusters, but the "
+            f"exploration table and the alignment model have {history_length}. Set HISTORY_LENGTH, "
+            "which binds both."
+        )
+    longest = value(aggregate, "max_history", 2)
+    for name, length in histories.items():
+        if length > max(longest, history_length):
+            raise InputError(
+                f"{setting} gives {name!r} a history of {length} clusters, but "
+                f"pipeline.aggregate.max_history (MAX_HISTORY) keeps {longest}. Raise it."
+            )
+    unknown = set(value(tokenize, "seen_excluded", ())) - set(histories)
+    if unknown:
+        raise InputError(
+            f"pipeline.tokenize.seen_excluded names {', '.join(sorted(unknown))}, which is no "
+            f"novelty model. There is: {', '.join(histories)}."
+        )
 
 
 def ingest(work: Path, progress: Progress, *, read_log: Callable[[], Any]) -> None:
@@ -194,8 +237,8 @@ def aggregate(
         "shrinkage": collective.shrinkage,
         "reward of label 0": collective.low,
         "reward of label 1": collective.high,
-        "validation from": splits.validation,
-        "test from": splits.test,
+        "validation from": _date(splits.validation),
+        "test from": _date(splits.test),
         **{f"left out: {reason}": count for reason, count in left_out.items()},
     }
     with artifacts.new_folder(work / FEEDBACK) as folder:
@@ -312,13 +355,25 @@ def train(
 
     vocabulary = Vocabulary(work / VOCABULARY)
     descriptions = ClusterTable.read(work / CLUSTERS).descriptions
-    max_length = max_length or artifacts.read_json(work / EXAMPLES / _LENGTHS)[name]
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(
+            f"pipeline.train.batch_size is {batch_size!r}; it must be a whole number from 1 on."
+        )
+    longest = artifacts.read_json(work / EXAMPLES / _LENGTHS)[name]
+    max_length = max_length or longest
+    if max_length < longest:
+        progress.say(
+            f"  pipeline.train.max_length is {max_length}: prompts that need more, up to {longest} "
+            "tokens with their description, lose their oldest tokens"
+        )
     config = make_config(vocab_size=vocabulary.size, max_length=max_length)
     folder = work / model_folder(name)
     task = seqio_tasks.make_task(name, work / EXAMPLES / name, vocabulary)
+    trie = description_trie(vocabulary, descriptions)
     shapes = {
         "batch_size": batch_size,
         "max_length": max_length,
+        "longest_description": trie.max_length,
         "num_clusters": len(descriptions),
     }
     for split in ("train", "validation"):
@@ -332,7 +387,7 @@ def train(
             folder,
             network,
             objective,
-            description_trie(vocabulary, descriptions),
+            trie,
             batches,
             validation,
             update,
@@ -426,8 +481,8 @@ def evaluate(
       progress: where to say what is going on.
       novelty_histories: novelty model → how many clusters of history it reads.
       history_length: K of the alignment model.
-      settings: a BestOfN for the held-out histories; its n is the largest of `proposal_counts`.
-      proposal_counts: the n of the scaling curve.
+      settings: a BestOfN for the held-out histories, its k at least 10.
+      proposal_counts: the n of the scaling curve; those above the n of `settings` are left out.
       batch_size: histories a call of a compiled step.
       seed: of the proposals.
     """
@@ -437,6 +492,10 @@ def evaluate(
     from recexplore.evaluation import baselines, offline
     from recexplore.serving.exploration_table import ExplorationTable
 
+    if settings.num_chosen < 10:
+        raise InputError(
+            f"evaluate/best_of_n.BestOfN.num_chosen is {settings.num_chosen}; recall@10 needs 10."
+        )
     explorer, models = _load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
     size = explorer.num_clusters
     transitions = artifacts.read_table(
@@ -482,9 +541,10 @@ def evaluate(
                 settings.num_chosen,
             )
     test = collective.filter(pc.equal(collective["split"], "test"))
+    asked, rows_of_asked = np.unique(test["history"].to_pylist(), axis=0, return_inverse=True)
     with progress.bar("evaluate alignment") as update:
-        all_scores = explorer.scores(models[ALIGNMENT], test["history"].to_pylist(), update)
-    own = all_scores[np.arange(test.num_rows), test["next_cluster"].to_numpy()]
+        all_scores = explorer.scores(models[ALIGNMENT], asked.tolist(), update)
+    own = all_scores[rows_of_asked, test["next_cluster"].to_numpy()]
     alignment, bins = offline.alignment_metrics(collective, own, size)
     table = ExplorationTable.read(work / EXPLORATION / "exploration_table.parquet")
     metrics = {
@@ -535,5 +595,12 @@ def _read_log(work: Path):
     )
 
 
-def _say_counts(progress: Progress, counts: Mapping[str, float]) -> None:
-    progress.say("  " + ", ".join(f"{name}: {value:g}" for name, value in counts.items()))
+def _say_counts(progress: Progress, counts: Mapping[str, float | str]) -> None:
+    """One line; what there is none of is only in counts.json."""
+    shown = {k: v if isinstance(v, str) else f"{v:,.4g}" for k, v in counts.items() if v}
+    shown |= {k: f"{v:,}" for k, v in counts.items() if isinstance(v, int) and v}
+    progress.say("  " + ", ".join(f"{name}: {value}" for name, value in shown.items()))
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,17 +1,19 @@
 """A work directory: which stage made what, from what, with which configuration.
 
 Every finished stage leaves a record in W/stages/. A stage is up to date when its record's recipe,
-a hash of its configuration and of the recipes of all that it reads, is today's recipe and what it
-wrote still lies there at its recorded size. The record is written last: a stage that was killed has
-none, and is run again.
+a hash of recexplore's version, its configuration and the recipes of all that it reads, is today's
+recipe and what it wrote still lies there at its recorded size. The record is written last: a stage
+that was killed has none, and is run again.
 """
 
+import ast
 import contextlib
 import dataclasses
 import fcntl
 import glob
 import hashlib
 import json
+import os
 import resource
 import shutil
 import time
@@ -24,6 +26,8 @@ from recexplore import artifacts
 from recexplore.configuration import Configuration, call_configured
 from recexplore.errors import InputError
 from recexplore.progress import Progress
+
+_MARK = "recipe.json"  # in the folder of a stage that resumes: what is being made there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +105,16 @@ class WorkDirectory:
         """Compares a stage's record with what would be made today."""
         recipe, record = self._recipe(stage), self._record(stage)
         if record is None:
+            begun = self._begun(stage)
+            if begun is not None and begun["configuration"] != recipe.bindings:
+                difference = _difference(begun["configuration"], recipe.bindings)
+                return Status(f"begun otherwise: {difference}", made_otherwise=difference)
             return Status("not made yet")
         if record["configuration"] != recipe.bindings:
             difference = _difference(record["configuration"], recipe.bindings)
+            return Status(difference, made_otherwise=difference)
+        if record["version"] != recexplore.__version__:
+            difference = f"recexplore was {record['version']}, now {recexplore.__version__}"
             return Status(difference, made_otherwise=difference)
         if record["recipe"] != recipe.hash:
             return Status("what it reads has changed")
@@ -131,7 +142,7 @@ class WorkDirectory:
             )
         progress.say(f"{stage.name}: {status.reason}, making {', '.join(stage.writes)}")
         recipe = self._recipe(stage)
-        self._prepare(stage, recipe.hash)
+        self._prepare(stage, recipe)
         start = time.monotonic()
         operative = call_configured(
             stage.function, stage.model, recipe.bindings, self.folder, progress, *stage.arguments
@@ -184,33 +195,42 @@ class WorkDirectory:
                 )
         self._configuration.check_required(stage.selector, stage.model)
 
-    def _prepare(self, stage: Stage, recipe: str) -> None:
+    def _begun(self, stage: Stage) -> dict[str, Any] | None:
+        """What an interrupted run of a stage that resumes was making, if there was one."""
+        if not stage.resumes:
+            return None
+        return _read_if_whole(self.folder / stage.writes[0] / _MARK, {"recipe", "configuration"})
+
+    def _prepare(self, stage: Stage, recipe: _Recipe) -> None:
         """Removes what another recipe left behind, and only that."""
         self.record_path(stage).unlink(missing_ok=True)
         if not stage.resumes:
             return
         for name in stage.writes:
             path = self.folder / name
-            mark = path / "recipe.txt"
-            if not mark.exists() or mark.read_text() != recipe:
+            begun = self._begun(stage)
+            if begun is None or begun["recipe"] != recipe.hash:
                 shutil.rmtree(path, ignore_errors=True)
                 path.mkdir(parents=True)
-                with artifacts.new_file(mark) as temporary:
-                    temporary.write_text(recipe)
+                artifacts.write_json(
+                    path / _MARK, {"recipe": recipe.hash, "configuration": recipe.bindings}
+                )
 
     def _recipe(self, stage: Stage) -> _Recipe:
         if stage.name not in self._recipes:
             bindings = self._configuration.reachable_from(stage.selector, stage.model)
             sources = _outside_files(bindings)
             inputs = {name: self._recipe(self._makers[name]).hash for name in stage.reads}
-            text = json.dumps([stage.name, bindings, sources, inputs], sort_keys=True)
+            made_by = (recexplore.__version__, stage.name)
+            text = json.dumps([made_by, bindings, sources, inputs], sort_keys=True)
             digest = hashlib.sha256(text.encode()).hexdigest()
             self._recipes[stage.name] = _Recipe(bindings, sources, digest)
         return self._recipes[stage.name]
 
     def _record(self, stage: Stage) -> dict[str, Any] | None:
         path = self.record_path(stage)
-        return artifacts.read_json(path) if path.exists() else None
+        needed = {"recipe", "configuration", "outputs", "version"}
+        return _read_if_whole(path, needed)
 
     def _write_record(self, stage: Stage, recipe: _Recipe, seconds: float) -> None:
         artifacts.write_json(
@@ -229,20 +249,47 @@ class WorkDirectory:
         )
 
 
+def _read_if_whole(path: Path, keys: set[str]) -> dict[str, Any] | None:
+    """A JSON object with at least `keys`; None where there is no such thing."""
+    try:
+        found = artifacts.read_json(path)
+    except (InputError, OSError):
+        return None
+    return found if isinstance(found, dict) and keys <= found.keys() else None
+
+
 def _outside_files(bindings: dict[str, str]) -> dict[str, list]:
-    """Size and time of every file outside the work directory that a binding's text names."""
+    """Size and time of every file outside the work directory that a binding names.
+
+    A path, a pattern of paths, or the URL of a database in a file. What a database server holds
+    can't be told; to read it again, remove the artefact made from it.
+    """
     found = {}
-    for text in bindings.values():
-        if text[:1] not in "'\"":
-            continue
-        pattern = text[1:-1]
-        for match in sorted(glob.glob(pattern)) if pattern else []:
+    for name in sorted({text for value in bindings.values() for text in _strings(value)}):
+        path = name.partition("://")[2] or name
+        for match in [path] if os.path.exists(path) else sorted(glob.glob(path)):
             files = sorted(Path(match).iterdir()) if Path(match).is_dir() else [Path(match)]
             for file in files:
                 if file.is_file():
                     stat = file.stat()
                     found[str(file)] = [stat.st_size, stat.st_mtime_ns]
     return found
+
+
+def _strings(text: str) -> Iterator[str]:
+    """The strings in a binding's text, which is a Python literal or names a function."""
+    try:
+        waiting = [ast.literal_eval(text)]
+    except (ValueError, SyntaxError):
+        return
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, str) and value and "\0" not in value:
+            yield value
 
 
 def _size(path: Path) -> list[int]:

@@ -106,8 +106,7 @@ def test_a_full_disk_is_said_in_words(tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path / "x"))
 
-    monkeypatch.setattr("recexplore.simulation.world.simulate_log", full)
-    monkeypatch.setattr("recexplore.workdir.call_configured", full)
+    monkeypatch.setattr("recexplore.artifacts.write_table", full)
     error = refused(capsys, "ingest", "--workdir", str(tmp_path), "--gin_file", "runs/demo.gin")
     assert (
         "The disk is full while writing" in error and "Nothing that was finished is lost" in error

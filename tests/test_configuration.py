@@ -20,6 +20,12 @@ def outer(log, make, extra=()):
     log.append(make())
     log.extend(extra)
 
+def stage(work, progress, *, read, size=1):
+    return read(work)
+
+def failing(path):
+    open(path)
+
 @dataclasses.dataclass
 class Shape:
     width: int = 1
@@ -134,6 +140,35 @@ def test_a_value_left_open_names_the_flag_that_sets_it():
     with pytest.raises(InputError, match="FOLDER must be set.*--gin.FOLDER=VALUE"):
         Configuration([file]).check_required("toy.inner")
     Configuration([file], ["FOLDER = 'here'"]).check_required("toy.inner")
+
+
+def test_an_argument_that_nothing_binds_is_named_before_anything_runs():
+    file = write("run.gin", "toy.stage.size = 2\n")
+    with pytest.raises(InputError, match="toy.stage.read is not bound"):
+        Configuration([file]).check_required("toy.stage")
+    bound = Configuration([file], ["toy.stage.read = @toy.failing"])
+    bound.check_required("toy.stage")
+    scoped = Configuration([file], ["big/toy.stage.read = @toy.failing"])
+    scoped.check_required("toy.stage", "big")
+    with pytest.raises(InputError, match="toy.stage.read is not bound"):
+        scoped.check_required("toy.stage")
+
+
+def test_files_that_include_one_another_are_an_error():
+    with open("a.gin", "w") as first, open("b.gin", "w") as second:
+        first.write("include 'b.gin'\n")
+        second.write("include 'a.gin'\n")
+    with pytest.raises(InputError, match=r"in a circle: .*a\.gin → .*b\.gin → .*a\.gin"):
+        Configuration(["a.gin"])
+
+
+def test_an_error_of_the_machine_comes_out_of_gin_as_it_was():
+    import toy
+
+    run = Configuration([write("run.gin", "toy.stage.read = @toy.failing\n")])
+    with pytest.raises(FileNotFoundError) as error:
+        call_configured(toy.stage, "", run.reachable_from("toy.stage"), "no_such_file", None)
+    assert error.value.errno == 2 and error.value.filename == "no_such_file"
 
 
 def test_reading_a_configuration_imports_no_jax():

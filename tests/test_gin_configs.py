@@ -9,6 +9,7 @@ import pytest
 
 from recexplore import pipeline
 from recexplore.configuration import Configuration
+from recexplore.errors import InputError
 from recexplore.models.transformer import Transformer, TransformerConfig
 
 FOLDER = Path(__file__).parent.parent / "gin_configs"
@@ -41,6 +42,23 @@ def test_data_files_go_with_any_run(name):
     values = ["INTERACTIONS = 'a'", "ITEMS = 'b'"] if name == "parquet" else []
     configuration = Configuration(["runs/log.gin", f"data/{name}.gin"], values)
     configuration.check_required("recexplore.pipeline.ingest")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("HISTORY_LENGTH = 0", "history of 0 clusters"),
+        ("NOVELTY_HISTORIES = {'novelty': 7}", "Set HISTORY_LENGTH"),
+        ("NOVELTY_HISTORIES = {'novelty': 2, 'k10': 10}", r"MAX_HISTORY\) keeps 2"),
+        ("NOVELTY_HISTORIES = {'novelty': 2, 'alignment': 2}", "'alignment' is taken"),
+        ("NOVELTY_HISTORIES = {'novelty': 2, 'a-b': 2}", "names a model 'a-b'"),
+        ("NOVELTY_HISTORIES = {'other': 2}", "one of them must be 'novelty'"),
+        ("pipeline.tokenize.seen_excluded = ('k30',)", "seen_excluded names k30"),
+    ],
+)
+def test_histories_that_do_not_go_together_are_refused(override, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.stages(Configuration(["runs/demo.gin"], [override]))
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -106,6 +106,25 @@ def test_what_follows_from_a_remade_stage_is_made_again(tmp_path):
     assert json.loads((tmp_path / "W/used.json").read_text()) == 3
 
 
+def test_what_another_version_made_is_made_again(tmp_path, monkeypatch):
+    run(work_directory(tmp_path, "make.number = 2"), MAKE)
+    monkeypatch.setattr("recexplore.__version__", "99.0")
+    with pytest.raises(InputError, match="recexplore was 0.*, now 99.0.*--overwrite"):
+        run(work_directory(tmp_path, "make.number = 2"), MAKE)
+    again = work_directory(tmp_path, "make.number = 2")
+    run(again, MAKE, overwrite=True)
+    assert run(again, MAKE) == ["make: up to date"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\x00"])
+def test_a_damaged_record_counts_as_none(tmp_path, content):
+    work = work_directory(tmp_path, "make.number = 2")
+    run(work, MAKE)
+    work.record_path(MAKE).write_text(content)
+    assert "not made yet" in run(work, MAKE)[0]
+    assert run(work, MAKE) == ["make: up to date"]
+
+
 @pytest.mark.parametrize("damage", ["remove", "shorten"])
 def test_a_missing_or_shortened_artefact_is_made_again(tmp_path, damage):
     work = work_directory(tmp_path, "make.number = 22")
@@ -116,10 +135,13 @@ def test_a_missing_or_shortened_artefact_is_made_again(tmp_path, damage):
     assert data.read_text() == "22"
 
 
-def test_a_changed_source_file_makes_the_stage_run_again(tmp_path):
-    source = tmp_path / "log.csv"
+@pytest.mark.parametrize("named", ["'{}'", "('other', '{}')", "{{'log': ['{}']}}", "'duckdb://{}'"])
+def test_a_changed_source_file_makes_the_stage_run_again(tmp_path, named):
+    folder = tmp_path / "d[1]"
+    folder.mkdir()
+    source = folder / "log.csv"
     source.write_text("1")
-    binding = f"make.source = '{source}'"
+    binding = f"make.source = {named.format(source)}"
     run(work_directory(tmp_path, binding), MAKE)
     assert run(work_directory(tmp_path, binding), MAKE) == ["make: up to date"]
     source.write_text("1,2")
@@ -132,8 +154,12 @@ def test_an_interrupted_stage_that_resumes_goes_on_with_the_same_recipe_only(tmp
     for _ in range(2):
         with pytest.raises(RuntimeError):
             run(work, LEARN)
+    assert (tmp_path / "W/big/done.txt").read_text() == "2"
     other = work_directory(tmp_path, "make.number = 1", "learn.steps = 1")
-    run(other, LEARN)
+    with pytest.raises(InputError, match="learn.steps was not set, now 1.*--overwrite"):
+        run(other, LEARN)
+    assert (tmp_path / "W/big/done.txt").read_text() == "2"
+    run(other, LEARN, overwrite=True)
     assert (tmp_path / "W/big/done.txt").read_text() == "1"
 
 

@@ -5,6 +5,7 @@ on from, and the best on the validation split, to use.
 """
 
 import base64
+import errno
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, position: np.ndarray, validation: float) -> None:
         """Saves a checkpoint, the better the lower `validation`; returns when it is on disk."""
+        if step in self._manager.all_steps():  # a damaged one that `latest` left out
+            self._manager.delete(step)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -81,21 +84,28 @@ class Checkpoints:
                     ),
                 )
             except (ValueError, OSError, KeyError) as error:
+                if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                    raise  # the machine's trouble, such as too many open files, not the file's
                 _log.warning(
                     "Checkpoint %s/%d is damaged and left out (%s).",
                     self._folder,
                     step,
                     str(error).splitlines()[0],
                 )
-                self._manager.delete(step)
                 continue
             position = base64.b64decode(items["position"]["base64"])
             return Restored(step, items["state"], np.frombuffer(position, np.uint8))
         return None
 
     def best(self) -> tuple[int, float]:
-        """Step of the best checkpoint, and what it was saved with as `validation`."""
+        """Step of the best checkpoint, and what it was saved with as `validation`.
+
+        Raises:
+          InputError: there is none.
+        """
         values = {step: self._manager.metrics(step)[_METRIC] for step in self._manager.all_steps()}
+        if not values:
+            raise InputError(f"{self._folder} holds no checkpoint. Run `recexplore train` first.")
         step = min(values, key=lambda step: (values[step], step))
         return step, values[step]
 

@@ -1,5 +1,6 @@
 """From logical axes to shardings: the models name axes, a table of rules says where they go."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,30 @@ def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     check_rules(rules)
     specs = nn.get_partition_spec(boxed)
     return nn.logical_to_mesh_sharding(specs, mesh, list(rules))
+
+
+def check_shapes(abstract: Any, shardings: Any) -> None:
+    """Checks that every array can be dealt out as its sharding says.
+
+    Args:
+      abstract: shapes.
+      shardings: of the same structure.
+
+    Raises:
+      InputError: an axis doesn't divide by its mesh axes.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        sharding = functools.reduce(lambda tree, key: tree[key.key], path, shardings)
+        for axis, names in enumerate(sharding.spec):
+            names = (names,) if isinstance(names, str) else names or ()
+            shares = int(np.prod([sharding.mesh.shape[name] for name in names]))
+            if leaf.shape[axis] % shares:
+                raise InputError(
+                    f"Parameter {jax.tree_util.keystr(path)} of shape {leaf.shape} can't be dealt "
+                    f"out: axis {axis} doesn't divide by {shares}, the mesh's "
+                    f"{' × '.join(names)}. Choose other partitioning.make_mesh sizes, other "
+                    "trainer.train.rules, or other sizes of the model."
+                )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -104,7 +104,7 @@ def rank_all(
         for name, values in lists[kind].items():
             ranks = metrics.ranks_in_lists(values, rows.targets)
             # A list of ten has no opinion on places 11 to 20; recall@20 would claim one.
-            ks = tuple(k for k in KS if k <= max(10, values.shape[1]))
+            ks = tuple(k for k in KS if k <= values.shape[1])
             found |= ranking_metrics(name, suffix, ranks, rows.users, ks)
     return found
 

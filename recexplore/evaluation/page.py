@@ -1,7 +1,6 @@
 """Gathers from a work directory what the report shows."""
 
 import contextlib
-import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,19 +88,11 @@ def _curves(folder: Path) -> list[dict[str, float]]:
 
 
 def _facts(work: Path, clusters: ClusterTable) -> dict[str, Any]:
-    feedback = artifacts.read_json(work / "feedback" / "counts.json")
-    days = {name: _day(value) for name, value in feedback.items() if name.endswith(" from")}
     return {
         **artifacts.read_json(work / "interactions" / "counts.json"),
         "clusters": clusters.num_clusters,
-        **feedback,
-        **days,
+        **artifacts.read_json(work / "feedback" / "counts.json"),
     }
-
-
-def _day(timestamp: float) -> str:
-    """The day, in UTC, of a time in seconds."""
-    return datetime.datetime.fromtimestamp(timestamp, datetime.UTC).date().isoformat()
 
 
 def _branches(clusters: ClusterTable) -> np.ndarray:

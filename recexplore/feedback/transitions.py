@@ -26,32 +26,32 @@ class SplitTimes(NamedTuple):
 
 
 def split_times(
-    interactions: ir.Table, *, test_share: float = 0.2, validation_share: float = 0.1
+    interactions: ir.Table, *, train_share: float = 0.7, validation_share: float = 0.1
 ) -> SplitTimes:
-    """Cuts the log in time so that the last shares of the interactions are held out.
+    """Cuts the log in time: first training, then validation, and the rest for testing.
 
     Args:
       interactions: INTERACTIONS.
-      test_share: part of the interactions in the test period.
-      validation_share: part in the validation period before it.
+      train_share: part of the interactions in the training period.
+      validation_share: part in the validation period after it.
 
     Raises:
       InputError: shares out of range, no interactions, or all of them at one time.
     """
-    for name, share in (("test_share", test_share), ("validation_share", validation_share)):
-        if not 0 < share < 1:
+    for name, share in (("train_share", train_share), ("validation_share", validation_share)):
+        if not isinstance(share, int | float) or not 0 < share < 1:
             raise InputError(
-                f"transitions.split_times.{name} is {share}; it must lie between 0 and 1."
+                f"transitions.split_times.{name} is {share!r}; it must be a number between 0 and 1."
             )
-    if test_share + validation_share >= 1:
+    if train_share + validation_share > 1 - 1e-9:
         raise InputError(
-            "transitions.split_times: test_share and validation_share leave nothing to train on; "
-            f"they sum to {test_share + validation_share}."
+            "transitions.split_times: train_share and validation_share leave nothing to test on; "
+            f"they sum to {train_share + validation_share}."
         )
     time = interactions.timestamp
     cuts = interactions.aggregate(
-        validation=time.quantile(1 - test_share - validation_share).cast("int64"),
-        test=time.quantile(1 - test_share).cast("int64"),
+        validation=time.quantile(train_share).cast("int64"),
+        test=time.quantile(train_share + validation_share).cast("int64"),
         first=time.min(),
     ).to_pyarrow()
     validation, test, first = (cuts[name][0].as_py() for name in ("validation", "test", "first"))

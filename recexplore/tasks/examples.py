@@ -139,9 +139,9 @@ def longest_example(
       descriptions: of all clusters.
       history_length: clusters a prompt names.
     """
-    longest = sorted(descriptions, key=lambda text: len(vocabulary.encode(text)))
-    words = [*longest, *longest[-1:] * history_length][-history_length:]
-    return len(vocabulary.encode(prompt(words))) + len(vocabulary.encode_description(longest[-1]))
+    longest = max(descriptions, key=lambda text: len(vocabulary.encode(text)))
+    words = [longest] * history_length
+    return len(vocabulary.encode(prompt(words))) + len(vocabulary.encode_description(longest))
 
 
 def some_prompts(

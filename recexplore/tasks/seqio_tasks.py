@@ -96,7 +96,9 @@ class Batches:
       task: from `make_task`.
       split: train or validation.
       batch_size: B of this process.
-      max_length: T; a longer prompt loses its oldest tokens.
+      max_length: T.
+      longest_description: in tokens, EOS included. A prompt that leaves less room than this loses
+        its oldest tokens, whichever description follows: as when the model is asked.
       num_clusters: M.
       shuffle: in an order drawn from `seed`; otherwise in the order of the files.
       seed: of the order.
@@ -104,7 +106,7 @@ class Batches:
       shard: index of this process and number of processes.
 
     Raises:
-      InputError: the split has no examples, or a description alone is longer than `max_length`.
+      InputError: the longest description leaves no room for a prompt.
     """
 
     def __init__(
@@ -114,12 +116,19 @@ class Batches:
         *,
         batch_size: int,
         max_length: int,
+        longest_description: int,
         num_clusters: int,
         shuffle: bool = False,
         seed: int = 0,
         repeat: bool = False,
         shard: tuple[int, int] = (0, 1),
     ):
+        room = max_length - longest_description
+        if room < 1:
+            raise InputError(
+                f"pipeline.train.max_length is {max_length}, but the longest description alone has "
+                f"{longest_description} tokens. Leave it unbound, or bind more."
+            )
         dataset = task.get_dataset(
             sequence_length=None,
             split=split,
@@ -132,7 +141,7 @@ class Batches:
         )
 
         def convert(example):
-            return _to_model_features(example, max_length, num_clusters)
+            return _to_model_features(example, max_length, room, num_clusters)
 
         dataset = dataset.map(convert, num_parallel_calls=2, deterministic=True)
         if not repeat:
@@ -191,10 +200,8 @@ def count_examples(folder: Path, split: str) -> int:
     return count
 
 
-def _to_model_features(example, max_length: int, num_clusters: int):
+def _to_model_features(example, max_length: int, room: int, num_clusters: int):
     targets = tf.cast(example["targets"], tf.int32)
-    room = max_length - tf.shape(targets)[0]
-    tf.debugging.assert_positive(room, "a description fills the whole of max_length")
     inputs = tf.cast(example["inputs"], tf.int32)
     inputs = inputs[tf.maximum(tf.shape(inputs)[0] - room, 0) :]
     tokens = tf.concat([inputs, targets], axis=0)

@@ -68,7 +68,7 @@ class Optimization:
 
     def __post_init__(self):
         rules = {
-            "steps": self.steps >= 1,
+            "steps": isinstance(self.steps, int) and self.steps >= 1,
             "learning_rate": self.learning_rate > 0,
             "warmup_share": 0 <= self.warmup_share < 1,
             "weight_decay": self.weight_decay >= 0,
@@ -78,7 +78,8 @@ class Optimization:
         for name, ok in rules.items():
             if not ok:
                 raise InputError(
-                    f"trainer.Optimization.{name} is {getattr(self, name)}, which is out of range."
+                    f"trainer.Optimization.{name} is {getattr(self, name)!r}, which is out of range"
+                    f"{' (a whole number from 1 on)' if name == 'steps' else ''}."
                 )
 
     def schedule(self) -> optax.Schedule:
@@ -139,6 +140,11 @@ def train(
     Raises:
       InputError: a batch doesn't divide by the mesh, or the loss isn't finite any more.
     """
+    for name, value in (("evaluate_every", evaluate_every), ("log_every", log_every)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(
+                f"trainer.train.{name} is {value!r}; it must be a whole number from 1 on."
+            )
     mesh = make_mesh()
     batch_size = len(validation_batches[0]["tokens"])
     partitioning.check_batch_size(batch_size, mesh)
@@ -151,6 +157,7 @@ def train(
     initialize = functools.partial(_initial_state, model, optimizer, some_tokens)
     abstract = jax.eval_shape(initialize, key)
     shardings = partitioning.shardings_of(abstract, mesh, rules)
+    partitioning.check_shapes(nn.unbox(abstract.params), shardings.params)
     everywhere = jax.NamedSharding(mesh, jax.P())
     on_batch = partitioning.batch_sharding(mesh)
     trie = jax.device_put(trie, everywhere)
@@ -261,7 +268,11 @@ def _check_finite(loss: float, step: int, figures: dict[str, float], batch) -> N
 
 
 class _Curves:
-    """metrics.jsonl and TensorBoard, without what an interrupted run wrote past its checkpoint."""
+    """metrics.jsonl and TensorBoard events.
+
+    What an interrupted run wrote past its checkpoint is taken out of metrics.jsonl; TensorBoard
+    itself hides events that were written again.
+    """
 
     def __init__(self, folder: Path, start: int):
         from clu import metric_writers  # brings TensorFlow, which only training needs
@@ -273,7 +284,9 @@ class _Curves:
                 with_step = _parse(line)
                 if with_step is not None and with_step["step"] <= start:
                     kept.append(line)
-        path.write_text("".join(f"{line}\n" for line in kept))
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(f"{line}\n" for line in kept))
+        whole.replace(path)
         self._file = open(path, "a")
         self._writer = metric_writers.SummaryWriter(str(folder))
 

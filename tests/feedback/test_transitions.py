@@ -182,15 +182,15 @@ def test_what_is_in_no_transition_is_counted(look_back, events):
 
 def test_time_is_cut_by_shares_of_the_interactions():
     times = ibis.memtable({"timestamp": list(range(1000))})
-    splits = transitions.split_times(times, test_share=0.2, validation_share=0.1)
+    splits = transitions.split_times(times, train_share=0.7, validation_share=0.1)
     assert abs(splits.validation - 700) <= 1 and abs(splits.test - 800) <= 1
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: transitions.split_times(t, test_share=0.0), "test_share is 0.0"),
-        (lambda t: transitions.split_times(t, test_share=0.9), "they sum to 1.0"),
+        (lambda t: transitions.split_times(t, train_share=0.0), "train_share is 0.0"),
+        (lambda t: transitions.split_times(t, train_share=0.9), "they sum to 1.0"),
         (lambda t: transitions.split_times(t.filter(t.timestamp == 0)), "can't be split by time"),
         (lambda t: transitions.split_times(t.filter(t.timestamp < 0)), "has no interactions"),
         (

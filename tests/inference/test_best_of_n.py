@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from recexplore.distributed import partitioning
 from recexplore.errors import InputError
 from recexplore.evaluation.offline import choose
 from recexplore.inference import exhaustive
@@ -55,6 +56,18 @@ PROMPTS = Prompts(
 EXCLUDED = jnp.zeros((B, M), bool).at[0, 1].set(True).at[1, jnp.array([3, 4])].set(True)
 
 
+@jax.jit
+def logits_of(tokens):
+    return NOVELTY.apply(NOVELTY_PARAMS, tokens)
+
+
+def last_logits(tokens):
+    """Of one whole forward pass; what stands after the last token has no say in it."""
+    padded = np.zeros((1, CONFIG.max_length), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(logits_of(padded)[0, len(tokens) - 1], np.float64)
+
+
 def enumerate_log_probabilities(row):
     """Each cluster's log-probability, token by token with whole forward passes."""
     prompt = PROMPTS.tokens[row, : PROMPTS.lengths[row]].tolist()
@@ -63,8 +76,7 @@ def enumerate_log_probabilities(row):
     for index, sequence in enumerate(SEQUENCES):
         total = 0.0
         for depth in range(len(sequence)):
-            tokens = jnp.array([prompt + sequence[:depth]], jnp.int32)
-            logits = np.asarray(NOVELTY.apply(NOVELTY_PARAMS, tokens)[0, -1], np.float64)
+            logits = last_logits(prompt + sequence[:depth])
             options = {s[depth] for s in allowed if s[:depth] == sequence[:depth]}
             if sequence[depth] not in options:
                 total = -math.inf
@@ -78,21 +90,17 @@ EXPECTED = np.stack([enumerate_log_probabilities(row) for row in range(B)])
 
 
 def expected_scores(row):
+    """Whole forward passes, all six sequences as one batch."""
     prompt = PROMPTS.tokens[row, : PROMPTS.lengths[row]].tolist()
-    return np.array(
-        [
-            float(
-                ALIGNMENT.apply(
-                    ALIGNMENT_PARAMS,
-                    jnp.array([prompt + sequence], jnp.int32),
-                    jnp.array([len(prompt) + len(sequence)]),
-                )[0]
-            )
-            for sequence in SEQUENCES
-        ]
-    )
+    whole = [prompt + sequence for sequence in SEQUENCES]
+    padded = np.zeros((M, CONFIG.max_length), np.int32)
+    for place, tokens in zip(padded, whole, strict=True):
+        place[: len(tokens)] = tokens
+    lengths = np.array([len(tokens) for tokens in whole])
+    return np.asarray(score_whole(ALIGNMENT_PARAMS, padded, lengths))
 
 
+score_whole = jax.jit(ALIGNMENT.apply)
 SCORES = np.stack([expected_scores(row) for row in range(B)])
 
 
@@ -178,6 +186,16 @@ def test_an_answer_does_not_depend_on_the_batch_it_sits_in():
         found = explore(alone)
         np.testing.assert_array_equal(found.draws.clusters[0], whole.draws.clusters[row])
         np.testing.assert_allclose(found.scores[0], whole.scores[row], atol=1e-5)
+
+
+def test_eight_devices_give_what_one_gives():
+    batch = Batch(PROMPTS, PROMPTS, EXCLUDED, jnp.arange(B))
+    batch = jax.tree.map(lambda x: jnp.concatenate([x, x, x])[:8], batch)
+    one = explore(batch)
+    eight = explore(jax.device_put(batch, partitioning.batch_sharding(partitioning.make_mesh())))
+    assert len(eight.clusters.sharding.device_set) == 8
+    np.testing.assert_array_equal(one.clusters, eight.clusters)
+    np.testing.assert_allclose(one.scores, eight.scores, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,19 @@ def some_examples(count):
     ]
 
 
+def longest_description(vocabulary):
+    return max(len(vocabulary.encode_description(d)) for d in DESCRIPTIONS)
+
+
 def batches_of(folder, vocabulary, count=40, **options):
     seqio_tasks.write_examples(some_examples(count), folder, "train")
     task = seqio_tasks.make_task(f"task_{folder.name}", folder, vocabulary)
-    settings = {"batch_size": 8, "max_length": 40, "num_clusters": 4}
+    settings = {
+        "batch_size": 8,
+        "max_length": 40,
+        "longest_description": longest_description(vocabulary),
+        "num_clusters": 4,
+    }
     return seqio_tasks.Batches(task, "train", **{**settings, **options})
 
 
@@ -100,10 +109,20 @@ def test_the_last_batch_is_filled_with_weightless_examples(tmp_path, vocabulary)
 
 
 def test_a_long_prompt_loses_its_oldest_tokens(tmp_path, vocabulary):
-    length = max(len(vocabulary.encode_description(d)) for d in DESCRIPTIONS)
-    for batch in batches_of(tmp_path, vocabulary, max_length=length + 2):
-        for tokens, split in zip(batch["tokens"], batch["prompt_lengths"], strict=True):
-            assert vocabulary.decode(tokens[:split].tolist()).endswith(("next:", "liking:", ":"))
+    room = 2
+    rows = some_examples(40)
+    length = longest_description(vocabulary) + room
+    for batch in batches_of(tmp_path, vocabulary, max_length=length):
+        ids, splits = batch["example_id"], batch["prompt_lengths"]
+        for index, tokens, split in zip(ids, batch["tokens"], splits, strict=True):
+            asked, lengths = vocabulary.encode_prompts([rows[index].inputs], room)
+            assert tokens[:split].tolist() == asked[0, : lengths[0]].tolist()
+
+
+def test_a_description_that_leaves_no_room_is_an_error(tmp_path, vocabulary):
+    longest = longest_description(vocabulary)
+    with pytest.raises(InputError, match=f"longest description alone has {longest} tokens"):
+        batches_of(tmp_path, vocabulary, max_length=longest)
 
 
 def test_a_position_is_restored_exactly_whatever_the_shuffling(tmp_path, vocabulary):

@@ -130,6 +130,27 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run(tmp_path)
     assert "40 is damaged and left out" in caplog.text
+    assert losses(tmp_path)[(60, "loss")] > 0
+
+
+def test_trouble_of_the_machine_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        run(tmp_path, batches=KilledAt(50))
+    with monkeypatch.context() as patched:
+        patched.setattr("orbax.checkpoint.CheckpointManager.restore", _too_many_open_files)
+        with pytest.raises(OSError, match="Too many open files"):
+            run(tmp_path)
+    assert (tmp_path / "checkpoints" / "40").is_dir()
+
+
+def _too_many_open_files(*_, **__):
+    raise OSError(24, "Too many open files")
+
+
+def test_a_folder_without_checkpoints_is_an_error(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        saved.load_parameters(tmp_path, Transformer(CONFIG))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
@@ -153,6 +174,12 @@ def test_sharded_parameters_train_like_whole_ones(tmp_path):
     ("options", "message"),
     [
         ({"steps": 0}, "Optimization.steps is 0"),
+        ({"evaluate_every": 0}, "train.evaluate_every is 0"),
+        ({"log_every": -1}, "train.log_every is -1"),
+        (
+            {"make_mesh": lambda: partitioning.make_mesh(data=1, fsdp=1, tensor=8)},
+            r"key.*of shape \(2, 16, 2, 8\) can't be dealt out: axis 2 doesn't divide by 8",
+        ),
         ({"learning_rate": -1.0}, "Optimization.learning_rate is -1.0"),
         (
             {"make_mesh": lambda: partitioning.make_mesh(data=3)},
