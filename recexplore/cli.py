@@ -150,7 +150,10 @@ def _chosen(flags: argparse.Namespace, stages: Sequence[Stage]) -> list[Stage]:
 
 def _describe(work: WorkDirectory, stage: Stage) -> str:
     reads = ", ".join(stage.reads) or "the log"
-    status = work.status(stage).reason or "up to date"
+    found = work.status(stage)
+    status = found.reason or "up to date"
+    if found.made_otherwise:
+        status += " (refused without --overwrite)"
     return f"{stage.name}\n  reads:  {reads}\n  writes: {', '.join(stage.writes)}\n  {status}"
 
 

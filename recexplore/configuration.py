@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,9 @@ class _Delegate(config_parser.ParserDelegate):
 
     def macro(self, macro_name):
         return _Macro(macro_name)
+
+
+_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
 
 
 class _Key(NamedTuple):
@@ -99,6 +103,7 @@ class Configuration:
         for override in overrides:
             self._read_statements(override, "command line", dict(self._aliases))
         self._check_macros()
+        self._check_types()
 
     def value(self, selector: str, argument: str, default: Any, scope: str = "") -> Any:
         """The plain value bound to an argument of a stage function, or `default`."""
@@ -200,14 +205,18 @@ class Configuration:
         try:
             for statement in config_parser.ConfigParser(text, _Delegate()):
                 self._read_statement(statement, source, aliases)
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, tokenize.TokenError) as error:
             if isinstance(error, InputError):
                 raise
+            if source == "command line":
+                raise InputError(
+                    f"--gin.{text.replace(' = ', '=', 1)} can't be parsed. Strings need quotes "
+                    "inside the shell's own, for instance --gin.NAME=\"'text'\"."
+                ) from error
             line = f" line {error.lineno}" if getattr(error, "lineno", None) else ""
             reason = str(getattr(error, "msg", None) or error).strip().splitlines()[0]
             raise InputError(
-                f"{source}{line} can't be parsed: {reason} Strings need quotes inside the "
-                "shell's own, for instance --gin.NAME=\"'text'\"."
+                f"{source}{line} can't be parsed: {reason}. Is it a gin file?"
             ) from error
 
     def _read_statement(self, statement: Any, source: str, aliases: dict[str, str]) -> None:
@@ -256,6 +265,21 @@ class Configuration:
                     "(A binding is written module.function.argument = value.)"
                 )
             self._resolve(binding.value)
+
+    def _check_types(self) -> None:
+        for key, binding in self._bindings.items():
+            value = self._resolve(binding.value)
+            if isinstance(value, (_Macro, _Reference)):
+                continue
+            wanted = _annotations(key.selector).get(key.argument, "").split(" | ")
+            if not set(wanted) <= _TYPES.keys():
+                continue
+            fits = isinstance(value, tuple(_TYPES[name] for name in wanted)) and (
+                "bool" in wanted or not isinstance(value, bool)
+            )
+            if not fits or (key.argument == "seed" and value < 0):
+                rule = "a whole number from 0 on" if key.argument == "seed" else " or ".join(wanted)
+                raise InputError(f"{binding.where}: {_short(key)} is {value!r}; it must be {rule}.")
 
     def _resolve(self, value: Any, seen: tuple[str, ...] = ()) -> Any:
         def resolve(leaf: Any) -> Any:
@@ -414,6 +438,20 @@ def _definitions(module: str) -> dict[str, ast.AST]:
         elif isinstance(node, ast.Assign):
             found.update({t.id: node for t in node.targets if isinstance(t, ast.Name)})
     return found
+
+
+@functools.cache
+def _annotations(selector: str) -> dict[str, str]:
+    """The annotations of a function's arguments, or of a class's fields, as text."""
+    module = _module_of(selector)
+    node = _definitions(module).get(selector[len(module) + 1 :])
+    if isinstance(node, ast.ClassDef):
+        fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+        return {n.target.id: ast.unparse(n.annotation) for n in fields}
+    if not isinstance(node, ast.FunctionDef):
+        return {}
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return {a.arg: ast.unparse(a.annotation) for a in arguments if a.annotation is not None}
 
 
 @functools.cache

@@ -302,6 +302,7 @@ def tokenize(
         artifacts.write_json(folder / _LENGTHS, lengths)
         for split in ("train", "validation"):
             rows, fades = examples.engaged(transitions, split), None
+            engaged = rows.num_rows
             if split == "train":
                 rows, fades = diversify(rows), half_life
             for model, length in novelty_histories.items():
@@ -313,10 +314,14 @@ def tokenize(
                     half_life=fades,
                 )
                 seqio_tasks.write_examples(made, folder / model, split)
-            progress.say(f"  novelty: {rows.num_rows} {split} examples")
+            capped = engaged - rows.num_rows
+            progress.say(
+                f"  novelty: {rows.num_rows:,} {split} examples of moves that were not skipped"
+                f"{f', {capped:,} left out to diversify them' if capped else ''}"
+            )
             made = examples.alignment_examples(collective, split, descriptions)
             seqio_tasks.write_examples(made, folder / ALIGNMENT, split)
-            progress.say(f"  alignment: {len(made)} {split} examples")
+            progress.say(f"  alignment: {len(made):,} {split} examples")
 
 
 def train(
@@ -561,8 +566,9 @@ def evaluate(
             f"  {name}: recall@10 {metrics[f'{name}/recall@10']:.4f}, all seen left out "
             f"{metrics[f'{name}/recall@10_unseen']:.4f}"
         )
-    for name in (ALIGNMENT, "target_mean"):
-        progress.say(f"  {name}: pairwise accuracy {metrics[f'{name}/pairwise_accuracy']:.4f}")
+    for name in (ALIGNMENT, "target_mean", "target_mean_shrunk"):
+        if (key := f"{name}/pairwise_accuracy") in metrics:
+            progress.say(f"  {name}: pairwise accuracy {metrics[key]:.4f}")
 
 
 def report(

@@ -2,8 +2,8 @@
 
 Every finished stage leaves a record in W/stages/. A stage is up to date when its record's recipe,
 a hash of recexplore's version, its configuration and the recipes of all that it reads, is today's
-recipe and what it wrote still lies there at its recorded size. The record is written last: a stage
-that was killed has none, and is run again.
+recipe and what it wrote still lies there as it was. The record is written last: a stage that was
+killed has none, and is run again; one that failed before it wrote anything keeps its old one.
 """
 
 import ast
@@ -17,6 +17,7 @@ import os
 import resource
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from recexplore.configuration import Configuration, call_configured
 from recexplore.errors import InputError
 from recexplore.progress import Progress
 
+_MEBIBYTE = 1 << 20
 _MARK = "recipe.json"  # in the folder of a stage that resumes: what is being made there
 
 
@@ -118,7 +120,7 @@ class WorkDirectory:
             return Status(difference, made_otherwise=difference)
         if record["recipe"] != recipe.hash:
             return Status("what it reads has changed")
-        if record["outputs"] != {name: _size(self.folder / name) for name in stage.writes}:
+        if record["outputs"] != self._outputs(stage):
             return Status("what it wrote is gone or was changed")
         return Status()
 
@@ -142,11 +144,22 @@ class WorkDirectory:
             )
         progress.say(f"{stage.name}: {status.reason}, making {', '.join(stage.writes)}")
         recipe = self._recipe(stage)
+        before = self._record(stage)
         self._prepare(stage, recipe)
         start = time.monotonic()
-        operative = call_configured(
-            stage.function, stage.model, recipe.bindings, self.folder, progress, *stage.arguments
-        )
+        try:
+            operative = call_configured(
+                stage.function,
+                stage.model,
+                recipe.bindings,
+                self.folder,
+                progress,
+                *stage.arguments,
+            )
+        except Exception:
+            if before is not None and before["outputs"] == self._outputs(stage):
+                artifacts.write_json(self.record_path(stage), before)
+            raise
         for name in stage.writes:
             path = self.folder / name
             beside = path / "config.gin" if path.is_dir() else path.with_suffix(".config.gin")
@@ -155,6 +168,9 @@ class WorkDirectory:
         self._write_record(stage, recipe, time.monotonic() - start)
         progress.say(f"{stage.name}: done in {time.monotonic() - start:.0f} s")
         return True
+
+    def _outputs(self, stage: Stage) -> dict[str, list[int]]:
+        return {name: _fingerprint(self.folder / name) for name in stage.writes}
 
     def record_path(self, stage: Stage) -> Path:
         """Where the record of a finished stage lies."""
@@ -171,6 +187,8 @@ class WorkDirectory:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"--workdir {self.folder} is not a folder. Choose another.") from error
+        except FileNotFoundError as error:
+            raise InputError(f"--workdir {self.folder} can't be made. Choose another.") from error
         with open(self.folder / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,7 +259,7 @@ class WorkDirectory:
                 "configuration": recipe.bindings,
                 "sources": recipe.sources,
                 "reads": list(stage.reads),
-                "outputs": {name: _size(self.folder / name) for name in stage.writes},
+                "outputs": self._outputs(stage),
                 "seconds": round(seconds, 1),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                 "version": recexplore.__version__,
@@ -292,13 +310,24 @@ def _strings(text: str) -> Iterator[str]:
             yield value
 
 
-def _size(path: Path) -> list[int]:
-    """Number of files and bytes of a file or folder; [0, 0] when it is missing."""
+def _fingerprint(path: Path) -> list[int]:
+    """Number of files, bytes and a checksum of a file or folder; zeros when it is missing.
+
+    Of each file the checksum covers the first and the last mebibyte, so that it stays cheap.
+    """
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file()]
+        files = sorted(file for file in path.rglob("*") if file.is_file())
     else:
         files = [path] if path.exists() else []
-    return [len(files), sum(file.stat().st_size for file in files)]
+    checksum, total = 0, 0
+    for file in files:
+        size = file.stat().st_size
+        total += size
+        with open(file, "rb") as content:
+            checksum = zlib.crc32(content.read(_MEBIBYTE), checksum)
+            content.seek(max(size - _MEBIBYTE, 0))
+            checksum = zlib.crc32(content.read(_MEBIBYTE), checksum)
+    return [len(files), total, checksum]
 
 
 def _difference(before: dict[str, str], now: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 """gin files are read, checked and cut up by stage without importing what they name."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,9 @@ import dataclasses
 
 def inner(size=1, factor=1.0):
     return size * factor
+
+def typed(count: int, share: float | None = None, name: str = "", seed: int = 0):
+    pass
 
 def outer(log, make, extra=()):
     log.append(make())
@@ -140,6 +144,30 @@ def test_a_value_left_open_names_the_flag_that_sets_it():
     with pytest.raises(InputError, match="FOLDER must be set.*--gin.FOLDER=VALUE"):
         Configuration([file]).check_required("toy.inner")
     Configuration([file], ["FOLDER = 'here'"]).check_required("toy.inner")
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("count = 1e3", r"typed.count is 1000.0; it must be int"),
+        ("count = True", "typed.count is True; it must be int"),
+        ("share = 'much'", r"typed.share is 'much'; it must be float or None"),
+        ("name = 3", "typed.name is 3; it must be str"),
+        ("seed = -1", "typed.seed is -1; it must be a whole number from 0 on"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(binding, message):
+    with pytest.raises(InputError, match=message):
+        Configuration([write("run.gin", f"toy.typed.{binding}\n")])
+    Configuration([write("run.gin", "toy.typed.share = 1\ntoy.typed.count = 2\n")])
+
+
+@pytest.mark.parametrize("override", ["toy.inner.size = [", "toy.inner.size = b/c.csv", "X ="])
+def test_an_override_that_cannot_be_parsed_is_shown(override):
+    file = write("run.gin", "toy.inner.size = 1\n")
+    typed = override.replace(" = ", "=", 1)
+    with pytest.raises(InputError, match=f"--gin.{re.escape(typed)}"):
+        Configuration([file], [override])
 
 
 def test_an_argument_that_nothing_binds_is_named_before_anything_runs():

@@ -1,6 +1,7 @@
 """A stage runs when it must, says so when it needn't, and never takes what isn't up to date."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,8 @@ class Lines(Progress):
 
 def make(work, progress, *, source="", number=1):
     RAN.append("make")
+    if number == "x":
+        raise InputError("no good")
     (work / "made").mkdir(exist_ok=True)
     (work / "made" / "data.txt").write_text(str(number))
 
@@ -125,12 +128,20 @@ def test_a_damaged_record_counts_as_none(tmp_path, content):
     assert run(work, MAKE) == ["make: up to date"]
 
 
-@pytest.mark.parametrize("damage", ["remove", "shorten"])
+def test_a_stage_that_fails_keeps_what_it_had_made_before(tmp_path, monkeypatch):
+    work = work_directory(tmp_path, "make.number = 2")
+    run(work, MAKE)
+    with pytest.raises(InputError, match="no good"):
+        run(work_directory(tmp_path, "make.number = 'x'"), MAKE, overwrite=True)
+    assert run(work_directory(tmp_path, "make.number = 2"), MAKE) == ["make: up to date"]
+
+
+@pytest.mark.parametrize("damage", ["remove", "shorten", "scribble"])
 def test_a_missing_or_shortened_artefact_is_made_again(tmp_path, damage):
     work = work_directory(tmp_path, "make.number = 22")
     run(work, MAKE)
     data = tmp_path / "W/made/data.txt"
-    data.unlink() if damage == "remove" else data.write_text("2")
+    data.unlink() if damage == "remove" else data.write_text("2" if damage == "shorten" else "23")
     assert "gone or was changed" in run(work, MAKE)[0]
     assert data.read_text() == "22"
 
@@ -169,6 +180,11 @@ def test_two_runs_on_one_work_directory_are_refused(tmp_path):
         with pytest.raises(InputError, match="in use by another recexplore run"):
             with work.locked():
                 pass
+
+
+def test_a_work_directory_that_cannot_be_made_is_refused():
+    with pytest.raises(InputError, match="can't be made"):
+        run(WorkDirectory(Path("/proc/none"), STAGES, Configuration([])), MAKE)
 
 
 def test_a_file_as_work_directory_is_refused(tmp_path):

@@ -83,7 +83,7 @@ class Checkpoints:
                         state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
                     ),
                 )
-            except (ValueError, OSError, KeyError) as error:
+            except Exception as error:  # TensorStore has kinds of its own
                 if getattr(error, "errno", None) not in (None, errno.ENOENT):
                     raise  # the machine's trouble, such as too many open files, not the file's
                 _log.warning(
@@ -140,9 +140,11 @@ def load_best(folder: Path, name: str, abstract: Any) -> Any:
                     item={name: abstract}, restore_args={name: arguments}, partial_restore=True
                 ),
             )
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # TensorStore has kinds of its own
             raise InputError(
-                f"{path} doesn't fit the model's configuration: {str(error).splitlines()[0]}"
+                f"{path} is damaged, or doesn't fit the model's configuration: "
+                f"{str(error).splitlines()[0][:200]} Remove {Path(folder).parent} and run "
+                "`recexplore train` again."
             ) from error
     found = state[name]
     shapes = jax.tree.map(lambda x, y: x.shape == y.shape, found, abstract)

@@ -1,5 +1,6 @@
 """Readers of logs in files and databases."""
 
+import csv
 import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from recexplore.errors import InputError
 from recexplore.interactions.schema import InteractionLog, materialize
 
 Columns = Mapping[str, str]
+_DELIMITERS = (",", ";", "\t", "|")
 
 
 def read_csv(
@@ -95,7 +97,9 @@ def read_table_file(read: Callable[..., ir.Table], pattern: str, **options) -> i
     Raises:
       InputError: no such file, an empty one, or one that can't be read.
     """
-    paths = sorted(glob.glob(pattern))
+    if not isinstance(pattern, str | Path):
+        raise InputError(f"{pattern!r} is not a path. Several files are named by one pattern: '*'.")
+    paths = [str(pattern)] if Path(pattern).exists() else sorted(glob.glob(str(pattern)))
     if not paths:
         raise InputError(f"{pattern}: there is no such file.")
     for path in paths:
@@ -103,9 +107,16 @@ def read_table_file(read: Callable[..., ir.Table], pattern: str, **options) -> i
             raise InputError(f"{path} is a folder; name a file, or a pattern such as {path}/*.csv.")
         if Path(path).stat().st_size == 0:
             raise InputError(f"{path} is empty.")
-        if not path.endswith(".parquet"):
-            _check_utf8(path)
-    return _guarded(lambda: materialize(read(paths, **options)), pattern)
+        _check_format(path, "parquet" if read.__name__ == "read_parquet" else "csv")
+    if read.__name__ == "read_csv":
+        # All but the types is said, as guessing takes a ragged file for something else.
+        options = {"header": True, "skip": 0, "quote": '"', "escape": '"', **options}
+        options["delim"] = _delimiter(paths[0])
+    try:
+        return _guarded(lambda: materialize(read(paths, union_by_name=True, **options)), pattern)
+    except InputError as error:
+        wrong = [_ragged(path, options["delim"]) for path in paths if "delim" in options]
+        raise InputError(next(filter(None, wrong), str(error))) from error
 
 
 def rename_columns(table: ir.Table, columns: Columns | None, source: str) -> ir.Table:
@@ -114,15 +125,22 @@ def rename_columns(table: ir.Table, columns: Columns | None, source: str) -> ir.
     Raises:
       InputError: a column of the mapping isn't there.
     """
+    if not isinstance(columns or {}, Mapping):
+        raise InputError(
+            f"{source}: the column mapping is {columns!r}; it must be written "
+            "{'our name': 'the name in the file'}."
+        )
     for ours, theirs in (columns or {}).items():
         if theirs not in table.columns:
             raise InputError(
                 f"{source}: there is no column {theirs!r} to use as {ours}. There is: "
                 f"{', '.join(table.columns)}."
             )
-    renamed = {ours: theirs for ours, theirs in (columns or {}).items() if ours != theirs}
-    hidden = [ours for ours in renamed if ours in table.columns]
-    return table.drop(*hidden).rename(renamed) if renamed else table
+    if not columns:
+        return table
+    mapped = {ours: table[theirs] for ours, theirs in columns.items()}
+    others = [name for name in table.columns if name not in columns]
+    return table.select(*others, **mapped)
 
 
 def _read_files(read, interactions, items, interaction_columns, item_columns) -> InteractionLog:
@@ -131,6 +149,42 @@ def _read_files(read, interactions, items, interaction_columns, item_columns) ->
         rename_columns(read_table_file(read, items), item_columns, items),
         source=f"{interactions}, {items}",
     )
+
+
+def _delimiter(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        header = file.readline()
+    return max(_DELIMITERS, key=header.count)
+
+
+def _ragged(path: str, delimiter: str) -> str | None:
+    """What is wrong with the first row that has another number of fields than the header."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, [])
+            for row in rows:
+                if row and len(row) != len(header):
+                    return (
+                        f"{path} line {rows.line_num}: {len(row)} fields, but the header has "
+                        f"{len(header)}. Mend the row, or quote fields that hold the delimiter "
+                        f"{delimiter!r}."
+                    )
+        except csv.Error as error:
+            return f"{path} line {rows.line_num}: {error}. Is a quote not closed?"
+    return None
+
+
+def _check_format(path: str, wanted: str) -> None:
+    with open(path, "rb") as file:
+        found = "parquet" if file.read(4) == b"PAR1" else "csv"
+    if found != wanted:
+        raise InputError(
+            f"{path} is {'' if found == 'parquet' else 'not '}Parquet. Use data/{found}.gin, or "
+            f"name another file."
+        )
+    if wanted == "csv":
+        _check_utf8(path)
 
 
 def _check_utf8(path: str) -> None:

@@ -56,9 +56,10 @@ def materialize(table: ir.Table) -> ir.Table:
 def check_log(log: InteractionLog, *, max_dropped_share: float = 0.01) -> InteractionLog:
     """Checks a log and brings it into recexplore's schema.
 
-    Single bad rows (no user, item or time; missing or out-of-range feedback; an item that isn't
-    among the items; a repeated row) are left out and counted, as long as they are few. What is
-    wrong with the log as a whole is an error.
+    Single bad rows (no user, item or time; a time that isn't in seconds since 1970; missing or
+    out-of-range feedback; an item that isn't among the items) are left out and counted, as long as
+    they are few. So are rows repeated word for word, however many. What is wrong with the log as a
+    whole is an error.
 
     Args:
       log: as a reader gives it. Columns shared, skipped, propensity and policy may be missing from
@@ -69,21 +70,22 @@ def check_log(log: InteractionLog, *, max_dropped_share: float = 0.01) -> Intera
       The log with exactly the columns of INTERACTIONS and ITEMS, and counts of dropped rows.
 
     Raises:
-      InputError: a missing or mistyped column, no rows, timestamps that aren't seconds, an item id
-        twice, or too many bad rows.
+      InputError: a missing or mistyped column, no rows, an item id twice, or too many bad rows.
     """
     items = _check_items(log)
+    if log.interactions.count().to_pyarrow().as_py() == 0:
+        raise InputError(f"{log.source}: there are no interactions. Is it the right file?")
     rows = _with_types(log.interactions, log.source, _REQUIRED, _OPTIONAL, _TYPES, "interactions")
     total = rows.count().to_pyarrow().as_py()
-    if total == 0:
-        raise InputError(f"{log.source}: there are no interactions. Is it the right file?")
-    _check_seconds(rows, log.source)
     faults = {
         "no user_id, item_id or timestamp": rows.user_id.isnull()
         | rows.item_id.isnull()
         | rows.timestamp.isnull(),
+        "timestamp not in seconds since 1970 (milliseconds?)": ~rows.timestamp.between(
+            1, _YEAR_3000
+        ),
         "watch_fraction missing or outside 0..1": _outside(rows.watch_fraction, False),
-        "liked, shared or skipped missing": rows.liked.isnull()
+        "liked, shared or skipped missing or not 0 or 1": rows.liked.isnull()
         | rows.shared.isnull()
         | rows.skipped.isnull(),
         "propensity outside 0..1": _outside(rows.propensity, True),
@@ -105,13 +107,13 @@ def check_log(log: InteractionLog, *, max_dropped_share: float = 0.01) -> Intera
 
 
 def _check_items(log: InteractionLog) -> ir.Table:
+    if log.items.count().to_pyarrow().as_py() == 0:
+        raise InputError(f"{log.source}: there are no items. Is it the right file?")
     optional = {"text": "", "embedding": None}
     items = _with_types(log.items, log.source, ("item_id", "title"), optional, _ITEM_TYPES, "items")
     items = materialize(
         items.mutate(title=items.title.fill_null(""), text=items.text.fill_null(""))
     )
-    if items.count().to_pyarrow().as_py() == 0:
-        raise InputError(f"{log.source}: there are no items. Is it the right file?")
     counted = items.group_by("item_id").aggregate(n=items.count())
     twice = counted.filter((counted.n > 1) | counted.item_id.isnull()).order_by("item_id").limit(1)
     row = twice.to_pyarrow().to_pylist()
@@ -144,7 +146,7 @@ def _with_types(table, source, required, optional, types, what) -> ir.Table:
                 f"{source}: {what}.{name} is of type {found}, expected {kind}. Convert the column, "
                 "or map another one to it."
             )
-        columns[name] = table[name].cast(wanted)
+        columns[name] = _as_boolean(table[name]) if wanted.is_boolean() else table[name].cast(kind)
     return table.select(**columns)
 
 
@@ -156,22 +158,20 @@ def _can_become(found: dt.DataType, wanted: dt.DataType) -> bool:
     if wanted.is_floating():
         return found.is_numeric()
     if wanted.is_boolean():
-        return found.is_boolean() or found.is_integer()
+        return found.is_boolean() or found.is_numeric()
     return found.is_array() or found.is_null()
+
+
+def _as_boolean(column: ir.Value) -> ir.Value:
+    """0 and 1 become false and true, other numbers null."""
+    if column.type().is_boolean():
+        return column
+    return ibis.cases((column == 1, True), (column == 0, False))
 
 
 def _outside(column: ir.Value, may_be_null: bool) -> ir.BooleanValue:
     wrong = column.isnan() | ~column.between(0, 1)
     return column.notnull() & wrong if may_be_null else column.isnull() | wrong
-
-
-def _check_seconds(rows: ir.Table, source: str) -> None:
-    highest = rows.timestamp.max().to_pyarrow().as_py()
-    if highest is not None and highest > _YEAR_3000:
-        raise InputError(
-            f"{source}: interactions.timestamp reaches {highest}, which is not in seconds since "
-            "1970 (milliseconds or finer?). Divide it, for milliseconds by 1000."
-        )
 
 
 def _count_faults(marked: ir.Table) -> dict[str, int]:

@@ -63,13 +63,15 @@ def test_columns_are_mapped_and_parquet_reads_like_csv(tmp_path):
 def test_few_bad_rows_are_dropped_and_counted_by_reason(tmp_path):
     rows = "".join(f"u{i},v1,{1700000000 + i},0.5,true\n" for i in range(400))
     bad = "u1,v1,1,nan,true\nu2,v1,2,1.5,true\nu3,v9,3,0.5,true\nu4,v1,,0.5,true\nu4,v1,4,0.5,\n"
+    bad += "u5,v1,0,0.5,true\n"
     again = "u0,v1,1700000000,0.5,true\n"
     log = checked(tmp_path, HEAD + rows + bad + again, max_dropped_share=0.05)
     assert log.dropped == {
         "watch_fraction missing or outside 0..1": 2,
         "item not among the items": 1,
         "no user_id, item_id or timestamp": 1,
-        "liked, shared or skipped missing": 1,
+        "liked, shared or skipped missing or not 0 or 1": 1,
+        "timestamp not in seconds since 1970 (milliseconds?)": 1,
         "row repeated": 1,
     }
     assert log.interactions.count().to_pyarrow().as_py() == 400
@@ -79,7 +81,15 @@ BAD_LOGS = {
     "missing column": (GOOD.replace("liked", "loved"), ITEMS, "have no column liked. There is:"),
     "mistyped column": (GOOD.replace("0.5", "half"), ITEMS, "watch_fraction is of type string"),
     "empty file": ("", ITEMS, "log.csv is empty"),
-    "header only": (HEAD, ITEMS, "(mistyped|there are no interactions|is of type)"),
+    "header only": (HEAD, ITEMS, "there are no interactions"),
+    "ragged row": (
+        GOOD + "u1,v1,1,0.5,true,7,8\n",
+        ITEMS,
+        "line 4: 7 fields, but the header has 5",
+    ),
+    "column twice": (GOOD.replace("liked", "user_id"), ITEMS, "no column liked"),
+    "open quote": (GOOD + 'u1,"v1,1,0.5,true\n', ITEMS, "line 4: .*quote not closed"),
+    "stars for liked": (GOOD.replace("true", "5").replace("false", "3"), ITEMS, "not 0 or 1"),
     "milliseconds": (GOOD.replace("1700000", "1700000000"), ITEMS, "not in seconds since 1970"),
     "item twice": (GOOD, ITEMS + "v1,Again,drama\n", "'v1' stands in 2 rows"),
     "not UTF-8": (GOOD.encode() + b"u\xff,v1,1,0.5,true\n", ITEMS, "log.csv line 4.*not UTF-8"),
@@ -92,6 +102,38 @@ def test_a_bad_log_is_refused_in_words(tmp_path, name):
     interactions, items, message = BAD_LOGS[name]
     with pytest.raises(InputError, match=f"(?s){message}"):
         checked(tmp_path, interactions, items)
+
+
+def test_columns_may_be_swapped(tmp_path):
+    head, *rows = GOOD.splitlines()
+    swapped = "\n".join([head.replace("user_id,item_id", "item_id,user_id"), *rows, ""])
+    paths = write(tmp_path, swapped)
+    mapping = {"user_id": "item_id", "item_id": "user_id"}
+    log = schema.check_log(readers.read_csv(*paths, interaction_columns=mapping))
+    (tmp_path / "plain").mkdir()
+    plain = schema.check_log(readers.read_csv(*write(tmp_path / "plain", GOOD)))
+    rows = [part.interactions.order_by("timestamp").to_pyarrow() for part in (log, plain)]
+    assert rows[0].equals(rows[1])
+
+
+def test_parts_of_a_log_may_order_their_columns_differently(tmp_path):
+    paths = write(tmp_path)
+    (tmp_path / "part-1.csv").write_text(HEAD + "u7,v1,1700000007,0.5,true\n")
+    (tmp_path / "part-2.csv").write_text(
+        "liked,watch_fraction,timestamp,item_id,user_id\nfalse,0.25,1700000008,v1,u8\n"
+    )
+    log = schema.check_log(readers.read_csv(str(tmp_path / "part-*.csv"), paths[1]))
+    found = log.interactions.order_by("timestamp").to_pyarrow().to_pydict()
+    assert found["user_id"] == ["u7", "u8"] and found["watch_fraction"] == [0.5, 0.25]
+
+
+def test_the_wrong_kind_of_file_or_setting_is_named(tmp_path):
+    paths = write(tmp_path)
+    ibis.duckdb.connect().read_csv(paths[0]).to_parquet(tmp_path / "log.parquet")
+    with pytest.raises(InputError, match="is Parquet. Use data/parquet.gin"):
+        readers.read_csv(str(tmp_path / "log.parquet"), paths[1])
+    with pytest.raises(InputError, match="is not Parquet. Use data/csv.gin"):
+        readers.read_parquet(*paths)
 
 
 def test_missing_files_columns_and_databases_are_named(tmp_path):
