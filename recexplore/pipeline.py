@@ -95,6 +95,13 @@ def _check_histories(configuration: "Configuration", histories: Mapping[str, Any
                 f"{setting} gives {name!r} a history of {length!r} clusters; it must be a whole "
                 "number from 1 on."
             )
+    for argument in ("seen_excluded", "longer_histories"):
+        unknown = set(value(tokenize, argument, ())) - set(histories)
+        if unknown:
+            raise InputError(
+                f"pipeline.tokenize.{argument} names {', '.join(sorted(unknown))}, which is no "
+                f"novelty model. There is: {', '.join(histories)}."
+            )
     history_length = value(tokenize, "history_length", 2)
     if histories[NOVELTY] != history_length:
         raise InputError(
@@ -103,18 +110,18 @@ def _check_histories(configuration: "Configuration", histories: Mapping[str, Any
             "which binds both."
         )
     longest = value(aggregate, "max_history", 2)
-    for name, length in histories.items():
+    longer = value(tokenize, "longer_histories", {})
+    for name, length in [*histories.items(), *longer.items()]:
+        if name in longer and not histories.get(name, length) < longer[name]:
+            raise InputError(
+                f"pipeline.tokenize.longer_histories gives {name!r} {longer[name]} clusters, but "
+                f"its history has {histories[name]} already."
+            )
         if length > max(longest, history_length):
             raise InputError(
                 f"{setting} gives {name!r} a history of {length} clusters, but "
                 f"pipeline.aggregate.max_history (MAX_HISTORY) keeps {longest}. Raise it."
             )
-    unknown = set(value(tokenize, "seen_excluded", ())) - set(histories)
-    if unknown:
-        raise InputError(
-            f"pipeline.tokenize.seen_excluded names {', '.join(sorted(unknown))}, which is no "
-            f"novelty model. There is: {', '.join(histories)}."
-        )
 
 
 def ingest(work: Path, progress: Progress, *, read_log: Callable[[], Any]) -> None:
@@ -262,7 +269,9 @@ def tokenize(
     novelty_histories: Mapping[str, int],
     history_length: int,
     seen_excluded: Sequence[str] = (),
+    longer_histories: Mapping[str, int] | None = None,
     half_life: float | None = None,
+    seed: int = 0,
 ) -> None:
     """Rows → vocabulary and training examples, for each model its own.
 
@@ -275,8 +284,11 @@ def tokenize(
       history_length: K of the alignment model.
       seen_excluded: novelty models that will be asked with all clusters excluded that the user has
         seen. The others are asked for a history alone, as the exploration table is.
+      longer_histories: novelty model → it is trained on longer histories too, up to this many
+        clusters; see `examples.novelty_examples`.
       half_life: training examples of the novelty models weigh less the older they are: half at this
         share of all examples back; None: all the same.
+      seed: of the longer histories' lengths.
     """
     from recexplore.interests.cluster_table import ClusterTable
     from recexplore.tasks import examples, prompts, seqio_tasks
@@ -291,10 +303,12 @@ def tokenize(
     with artifacts.new_folder(work / VOCABULARY) as folder:
         train_vocabulary(folder, corpus, descriptions)
         vocabulary = Vocabulary(folder)
+    longer_histories = longer_histories or {}
+    longest = {name: longer_histories.get(name, k) for name, k in novelty_histories.items()}
     lengths = {
         model: examples.longest_example(vocabulary, prompt, descriptions, length)
         for model, prompt, length in (
-            *((name, prompts.novelty_prompt, k) for name, k in novelty_histories.items()),
+            *((name, prompts.novelty_prompt, k) for name, k in longest.items()),
             (ALIGNMENT, prompts.alignment_prompt, history_length),
         )
     }
@@ -312,6 +326,8 @@ def tokenize(
                     length,
                     exclude_seen=model in seen_excluded,
                     half_life=fades,
+                    longer=longer_histories.get(model) if split == "train" else None,
+                    seed=seed,
                 )
                 seqio_tasks.write_examples(made, folder / model, split)
             capped = engaged - rows.num_rows

@@ -49,11 +49,14 @@ def test_data_files_go_with_any_run(name):
     [
         ("HISTORY_LENGTH = 0", "history of 0 clusters"),
         ("NOVELTY_HISTORIES = {'novelty': 7}", "Set HISTORY_LENGTH"),
-        ("NOVELTY_HISTORIES = {'novelty': 2, 'k10': 10}", r"MAX_HISTORY\) keeps 2"),
+        ("NOVELTY_HISTORIES = {'novelty': 2, 'k11': 11}", r"MAX_HISTORY\) keeps 10"),
         ("NOVELTY_HISTORIES = {'novelty': 2, 'alignment': 2}", "'alignment' is taken"),
         ("NOVELTY_HISTORIES = {'novelty': 2, 'a-b': 2}", "names a model 'a-b'"),
         ("NOVELTY_HISTORIES = {'other': 2}", "one of them must be 'novelty'"),
         ("pipeline.tokenize.seen_excluded = ('k30',)", "seen_excluded names k30"),
+        ("pipeline.tokenize.longer_histories = {'k': 9}", "longer_histories names k"),
+        ("pipeline.tokenize.longer_histories = {'novelty': 2}", "its history has 2 already"),
+        ("MAX_HISTORY = 5", r"'novelty' a history of 10 clusters.*keeps 5"),
     ],
 )
 def test_histories_that_do_not_go_together_are_refused(override, message):

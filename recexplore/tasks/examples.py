@@ -76,30 +76,46 @@ def novelty_examples(
     transitions: pa.Table,
     descriptions: Sequence[str],
     history_length: int,
+    *,
     exclude_seen: bool,
     half_life: float | None = None,
+    longer: int | None = None,
+    seed: int = 0,
 ) -> list[Example]:
     """History → description of the next cluster.
 
     Args:
-      transitions: TRANSITIONS, oldest first; one example each.
+      transitions: TRANSITIONS, oldest first.
       descriptions: of all clusters.
       history_length: the prompt names the last so many clusters.
       exclude_seen: when the model is asked, all clusters that the user has seen will be excluded;
         otherwise only those that the prompt names.
       half_life: older examples weigh less, see `transitions.recency_weights`.
+      longer: every transition gives a second example, whose prompt names more clusters, up to this
+        many, drawn at random. What follows from a long history tells something about each cluster
+        in it, also to a model that will be asked about short ones.
+      seed: of the draw.
     """
-    weights = recency_weights(transitions.num_rows, half_life).tolist()
-    columns = (transitions[name].to_pylist() for name in ("history", "next_cluster", "seen"))
-    return [
-        Example(
-            novelty_prompt([descriptions[c] for c in history[-history_length:]]),
-            descriptions[target],
-            seen if exclude_seen else history[-history_length:],
-            weight=weight,
-        )
-        for history, target, seen, weight in zip(*columns, weights, strict=True)
-    ]
+    count = transitions.num_rows
+    lengths = [np.full(count, history_length)]
+    if longer is not None:
+        random = np.random.default_rng(seed)
+        lengths.append(random.integers(history_length + 1, longer + 1, count))
+    weights = recency_weights(count, half_life).tolist()
+    columns = [transitions[name].to_pylist() for name in ("history", "next_cluster", "seen")]
+    made = []
+    for kept in lengths:
+        for length, history, target, seen, weight in zip(kept, *columns, weights, strict=True):
+            named = history[-length:]
+            made.append(
+                Example(
+                    novelty_prompt([descriptions[cluster] for cluster in named]),
+                    descriptions[target],
+                    seen if exclude_seen else named,
+                    weight=weight,
+                )
+            )
+    return made
 
 
 def alignment_examples(

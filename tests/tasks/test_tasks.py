@@ -173,8 +173,23 @@ def test_no_target_keeps_more_than_its_share():
         examples.diversify(table, max_share_per_cluster=0.0)
 
 
+def test_longer_histories_are_second_examples():
+    table, make = transitions([3] * 20), examples.novelty_examples
+    made = make(table, DESCRIPTIONS, 1, exclude_seen=False, longer=3, half_life=0.5, seed=1)
+    plain = make(table, DESCRIPTIONS, 1, exclude_seen=False, half_life=0.5)
+    assert made[:20] == plain and plain[-1].weight == 1.0 and plain[9].weight == 0.5
+    named = [example.inputs.count(";") for example in made[20:]]
+    assert set(named) == {2, 3}
+    for example, count in zip(made[20:], named, strict=True):
+        assert example.targets == plain[0].targets and example.seen == [0, 1, 2][-count:]
+    assert [e.weight for e in made[20:]] == [e.weight for e in plain]
+    assert make(table, DESCRIPTIONS, 1, exclude_seen=False, longer=3, half_life=0.5, seed=1) == made
+
+
 def test_examples_say_the_last_clusters_of_the_history():
     for exclude_seen, excluded in ((True, [0, 1, 2]), (False, [1, 2])):
-        (example,) = examples.novelty_examples(transitions([3]), DESCRIPTIONS, 2, exclude_seen)
+        (example,) = examples.novelty_examples(
+            transitions([3]), DESCRIPTIONS, 2, exclude_seen=exclude_seen
+        )
         assert example.inputs == "interests: slow cooking; space travel; next:"
         assert example.targets == "opera arias" and example.seen == excluded
