@@ -18,6 +18,7 @@ _TEST = [
     "pytest>=8.3",
     "ruff>=0.12",
     "scipy>=1.13",
+    "setuptools>=75",
 ]
 
 setup(
