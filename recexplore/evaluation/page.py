@@ -20,6 +20,17 @@ _METHODS = {
     "pair_markov": "Markov, last two clusters",
     "ease": "EASE, all clusters seen",
 }
+_SIZES = (
+    "interactions",
+    "users",
+    "items",
+    "clusters",
+    "train transitions",
+    "validation transitions",
+    "test transitions",
+    "validation from",
+    "test from",
+)
 _TOP_BRANCHES = 3  # levels of the cluster tree that give the map its colours
 
 
@@ -88,11 +99,16 @@ def _curves(folder: Path) -> list[dict[str, float]]:
 
 
 def _facts(work: Path, clusters: ClusterTable) -> dict[str, Any]:
-    return {
+    counts = {
         **artifacts.read_json(work / "interactions" / "counts.json"),
         "clusters": clusters.num_clusters,
         **artifacts.read_json(work / "feedback" / "counts.json"),
     }
+    size = [name for name in _SIZES if name in counts]
+    left_out = [name for name in counts if name.startswith(("dropped", "left out"))]
+    others = [name for name in counts if name not in {*size, *left_out}]
+    shown = [*size, *others, *(name for name in left_out if counts[name])]
+    return {name: counts[name] for name in shown}
 
 
 def _branches(clusters: ClusterTable) -> np.ndarray:
