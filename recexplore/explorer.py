@@ -4,41 +4,44 @@ Between the stages and the compiled steps: it puts histories into words and word
 hands the arrays to recexplore.inference. No TensorFlow is imported, so it starts quickly.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from recexplore import artifacts
 from recexplore.errors import InputError
 from recexplore.inference import exhaustive
-from recexplore.inference.best_of_n import Batch, BestOfN, Exploration, explore_step
+from recexplore.inference.best_of_n import Batch, BestOfN, Exploration
 from recexplore.inference.bulk import run_in_batches
-from recexplore.inference.sampler import Prompts
+from recexplore.inference.context import Prompts, prefix_cache, read_prompts
+from recexplore.inference.launch import Model, Ready, bucket, pad_columns
 from recexplore.models import saved
-from recexplore.models.trie import Trie, build_trie
+from recexplore.models.trie import Trie, build_trie, exclude_mask
 from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
-from recexplore.tasks.vocabulary import EOS_ID, Vocabulary
+from recexplore.tasks.vocabulary import EOS_ID, UNKNOWN_ID, Vocabulary
 
 NETWORK = "network.json"
 History = Sequence[int]
 
 
-class Model(NamedTuple):
-    """A network and its parameters."""
-
-    network: nn.Module
-    params: Any
-
-
 def description_trie(vocabulary: Vocabulary, descriptions: Sequence[str]) -> Trie:
-    """The descriptions of all clusters, in order, as token sequences that end in EOS."""
+    """The descriptions of all clusters, in order, as token sequences that end in EOS.
+
+    Raises:
+      InputError: the vocabulary can't spell one, or can't tell two apart.
+    """
     sequences = [vocabulary.encode_description(text) for text in descriptions]
+    for text, sequence in zip(descriptions, sequences, strict=True):
+        if UNKNOWN_ID in sequence:
+            raise InputError(
+                f"The vocabulary {vocabulary.path} can't spell the description {text!r}. Make it "
+                "again with `recexplore tokenize`."
+            )
     return build_trie(sequences, EOS_ID, vocabulary.size)
 
 
@@ -72,6 +75,7 @@ class Explorer:
         self._batch_size = batch_size
         self._trie = description_trie(vocabulary, descriptions)
         self._on_device = jax.device_put(self._trie)
+        self._tree = jax.device_put(exhaustive.build_tree(self._trie))
 
     @property
     def num_clusters(self) -> int:
@@ -83,7 +87,7 @@ class Explorer:
         novelty: Model,
         alignment: Model,
         histories: Sequence[History],
-        excluded: Bool[np.ndarray, "B M"],
+        banned: Bool[np.ndarray, "B M"],
         settings: BestOfN,
         seed: int,
         progress: Callable[..., None],
@@ -94,42 +98,34 @@ class Explorer:
           novelty: proposes.
           alignment: scores.
           histories: B histories of cluster ids, oldest first.
-          excluded: clusters not to propose, besides the history's own.
-          settings: n, k and temperature.
-          seed: of the draws; a history's draws depend on it and on the history's place.
+          banned: clusters not to propose, besides the history's own.
+          settings: n, k and how to draw and choose.
+          seed: of the draws, which depend on it and the history alone.
           progress: called as progress(histories done, all).
 
         Returns:
           numpy arrays; `draws` are the proposals behind them.
 
         Raises:
-          InputError: a history that excludes all clusters.
+          InputError: a history that excludes all clusters, or another that can't be explored; see
+            `launch.Ready`.
         """
-        excluded = excluded | self.clusters_of(histories)
-        full = np.flatnonzero(excluded.all(axis=1))
-        if len(full):
-            raise InputError(
-                f"History {list(histories[full[0]])} leaves no cluster to propose: all "
-                f"{len(self._descriptions)} are excluded. Ask for fewer exclusions."
-            )
+        self.clusters_of(histories)  # they exist
+        prefix = self._vocabulary.prefix
+        ready = Ready(novelty, alignment, (prefix, prefix), self._trie)
         batch = Batch(
             self._prompts(novelty_prompt, histories, novelty),
             self._prompts(alignment_prompt, histories, alignment),
-            excluded,
-            np.arange(len(histories), dtype=np.int32),
+            _padded(histories),
+            _padded([np.flatnonzero(row) for row in banned]),
         )
-        step = functools.partial(
-            explore_step,
-            novelty.params,
-            alignment.params,
-            self._on_device,
-            key=jax.random.key(seed),
-            settings=settings,
-            novelty_model=novelty.network,
-            alignment_model=alignment.network,
-        )
+        ready.check(batch)
+        key = jax.random.key(seed)
         return run_in_batches(
-            lambda rows: step(batch=rows), batch, batch_size=self._batch_size, progress=progress
+            lambda rows: ready.launch(rows, key, settings),
+            pad_columns(batch),
+            batch_size=min(self._batch_size, bucket(len(histories))),
+            progress=progress,
         )
 
     def log_probabilities(
@@ -147,35 +143,33 @@ class Explorer:
           excluded: clusters that can't come next; their log-probability is -inf.
           progress: called as progress(histories done, all).
         """
-        tree = jax.device_put(exhaustive.build_tree(self._trie, leaves=False))
 
         @jax.jit
-        def step(params, trie, tree, rows):
-            return exhaustive.log_probabilities(novelty.network, params, trie, tree, *rows)
+        def step(params, prefix, trie, tree, rows):
+            prompts, excluded = rows
+            context = read_prompts(novelty.network, params, prefix, prompts)
+            logits = exhaustive.node_logits(novelty.network, params, trie, tree, context)
+            return jax.vmap(
+                lambda mask: exhaustive.among_allowed(trie, logits, exclude_mask(trie, mask)),
+                in_axes=1,
+                out_axes=1,
+            )(excluded)
 
-        return run_in_batches(
-            lambda rows: step(novelty.params, self._on_device, tree, rows),
-            (self._prompts(novelty_prompt, histories, novelty), excluded),
-            batch_size=self._batch_size,
-            progress=progress,
-        )
+        rows = (self._prompts(novelty_prompt, histories, novelty), excluded)
+        return self._in_batches(step, novelty, rows, progress)
 
     def scores(
         self, alignment: Model, histories: Sequence[History], progress: Callable[..., None]
     ) -> Float[np.ndarray, "B M"]:
         """The alignment score of every cluster after each history."""
-        tree = jax.device_put(exhaustive.build_tree(self._trie, leaves=True))
 
         @jax.jit
-        def step(params, trie, tree, prompts):
-            return exhaustive.scores(alignment.network, params, trie, tree, prompts)
+        def step(params, prefix, trie, tree, prompts):
+            context = read_prompts(alignment.network, params, prefix, prompts)
+            return exhaustive.all_scores(alignment.network, params, trie, tree, context)
 
-        return run_in_batches(
-            lambda rows: step(alignment.params, self._on_device, tree, rows),
-            self._prompts(alignment_prompt, histories, alignment),
-            batch_size=self._batch_size,
-            progress=progress,
-        )
+        rows = self._prompts(alignment_prompt, histories, alignment)
+        return self._in_batches(step, alignment, rows, progress)
 
     def clusters_of(self, lists: Sequence[History]) -> Bool[np.ndarray, "B M"]:
         """Which clusters stand in each list, as a mask.
@@ -193,9 +187,28 @@ class Explorer:
             row[list(clusters)] = True
         return mask
 
+    def _in_batches(self, step: Callable[..., Any], model: Model, rows: Any, progress) -> Any:
+        prefix = prefix_cache(
+            model.network, model.params, jnp.asarray(self._vocabulary.prefix, jnp.int32)
+        )
+        return run_in_batches(
+            lambda some: step(model.params, prefix, self._on_device, self._tree, some),
+            rows,
+            batch_size=self._batch_size,
+            progress=progress,
+        )
+
     def _prompts(
         self, write: Callable[[Sequence[str]], str], histories: Sequence[History], model: Model
     ) -> Prompts:
         room = model.network.config.max_length - self._trie.max_length
         texts = [write([self._descriptions[cluster] for cluster in h]) for h in histories]
         return Prompts(*self._vocabulary.encode_prompts(texts, room))
+
+
+def _padded(lists: Sequence[Sequence[int]]) -> Int[np.ndarray, "B width"]:
+    """Right-padded with -1."""
+    padded = np.full((len(lists), max(map(len, lists), default=0)), -1, np.int32)
+    for row, values in zip(padded, lists, strict=True):
+        row[: len(values)] = values
+    return padded

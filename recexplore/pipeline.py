@@ -395,6 +395,7 @@ def train(
         "batch_size": batch_size,
         "max_length": max_length,
         "longest_description": trie.max_length,
+        "prefix_length": len(vocabulary.prefix),
         "num_clusters": len(descriptions),
     }
     for split in ("train", "validation"):
@@ -434,7 +435,7 @@ def explore(
     Args:
       work: the work directory.
       progress: where to say what is going on.
-      settings: a recexplore.inference.best_of_n.BestOfN.
+      settings: a recexplore.inference.selection.BestOfN.
       batch_size: histories a call of the compiled step.
       all_histories: every ordered pair of clusters (K = 2 only), not just those in the log.
       seed: of the draws.
@@ -515,7 +516,7 @@ def evaluate(
 
     if settings.num_chosen < 10:
         raise InputError(
-            f"evaluate/best_of_n.BestOfN.num_chosen is {settings.num_chosen}; recall@10 needs 10."
+            f"evaluate/selection.BestOfN.num_chosen is {settings.num_chosen}; recall@10 needs 10."
         )
     explorer, models = _load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
     size = explorer.num_clusters

@@ -8,65 +8,49 @@ Novelty comes from the first model, relevance from the second, and n is the dial
 (arXiv 2504.05522, section 3.3).
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from recexplore.errors import InputError
-from recexplore.inference.sampler import Draws, Prompts, sample
+from recexplore.inference.context import Prompts, read_prompts
+from recexplore.inference.exhaustive import Tree, all_clusters, all_scores
+from recexplore.inference.sampler import Draws, sample
+from recexplore.inference.scoring import score_each
+from recexplore.inference.selection import BestOfN, Candidates, select
+from recexplore.models.attention import Segment
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import Transformer
-from recexplore.models.trie import Trie
+from recexplore.models.trie import ROOT, Trie, exclude, num_allowed_below
+
+_DRAWING, _CHOOSING = 0, 1  # what a history's randomness is for
 
 
-@dataclasses.dataclass(frozen=True)
-class BestOfN:
-    """How to explore.
+class Prefixes(NamedTuple):
+    """What all prompts begin with, as each model has read it (`context.prefix_cache`)."""
 
-    Attributes:
-      num_samples: n, proposals drawn from the novelty model.
-      num_chosen: k, clusters kept.
-      temperature: of the novelty model's draws.
-    """
-
-    num_samples: int = 16
-    num_chosen: int = 5
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        if self.num_samples < 1:
-            raise InputError(
-                f"best_of_n.BestOfN.num_samples is {self.num_samples}; it must be at least 1."
-            )
-        if not 1 <= self.num_chosen <= self.num_samples:
-            raise InputError(
-                f"best_of_n.BestOfN.num_chosen is {self.num_chosen}; it must lie between 1 and "
-                f"num_samples, {self.num_samples}."
-            )
-        if not self.temperature > 0:
-            raise InputError(
-                f"best_of_n.BestOfN.temperature is {self.temperature}; it must be positive."
-            )
+    novelty: Segment
+    alignment: Segment
 
 
 class Batch(NamedTuple):
-    """B histories, as both models read them.
+    """B histories, as both models read them; whole numbers all.
 
     Attributes:
-      novelty: prompts of the novelty model.
-      alignment: prompts of the alignment model.
-      excluded: clusters that may not be proposed: the history's, and any that the caller bans.
-      ids: a number for each history; its draws depend on this and the key, not on the batch.
+      novelty: prompts of the novelty model, without their prefix.
+      alignment: prompts of the alignment model, likewise.
+      history: the history's clusters, right-padded with -1. They are never proposed, and the draws
+        depend on them and the key alone, not on the batch.
+      banned: other clusters that may not be proposed, right-padded with -1.
     """
 
     novelty: Prompts
     alignment: Prompts
-    excluded: Bool[Array, "B M"]
-    ids: Int[Array, "B"]
+    history: Int[Array, "B K"]
+    banned: Int[Array, "B X"]
 
 
 class Exploration(NamedTuple):
@@ -76,21 +60,29 @@ class Exploration(NamedTuple):
       clusters: cluster ids; -1 where fewer than k distinct clusters were proposed.
       scores: the alignment model's, -inf beside -1.
       log_probabilities: the novelty model's, likewise.
-      draws: all n proposals, for reporting.
-      draw_scores: the alignment model's score of each.
+      propensities: with which probability each was chosen, given the candidates and those chosen
+        before it; 1 where the choice is not randomised, 0 beside -1.
+      draws: all proposals, for reporting.
+      draw_scores: the alignment model's score of each; -inf beside -1.
+      num_distinct: how many different clusters were proposed.
+      num_allowed: how many could have been.
     """
 
     clusters: Int[Array, "B k"]
     scores: Float[Array, "B k"]
     log_probabilities: Float[Array, "B k"]
+    propensities: Float[Array, "B k"]
     draws: Draws
     draw_scores: Float[Array, "B N"]
+    num_distinct: Int[Array, "B"]
+    num_allowed: Int[Array, "B"]
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "novelty_model", "alignment_model"))
 def explore_step(
     novelty_params: dict,
     alignment_params: dict,
+    prefixes: Prefixes,
     trie: Trie,
     batch: Batch,
     key: Key[Array, ""],
@@ -98,76 +90,94 @@ def explore_step(
     settings: BestOfN,
     novelty_model: Transformer,
     alignment_model: RewardModel,
+    tree: Tree | None = None,
 ) -> Exploration:
-    """Proposes n clusters for every history and keeps the k best.
+    """Proposes clusters for every history and keeps the k best.
 
     Args:
       novelty_params: variables of the novelty model.
       alignment_params: variables of the alignment model.
+      prefixes: what the prompts begin with, read by each model with these variables.
       trie: the clusters' descriptions in tokens.
-      batch: B histories.
-      key: same key, same answer.
-      settings: n, k and temperature.
+      batch: B histories; each must leave a cluster to propose.
+      key: same key and history, same answer, whatever else is in the batch.
+      settings: n, k and how to draw and choose.
       novelty_model: proposes.
       alignment_model: scores.
-
-    Returns:
-      The k clusters with the highest score. Ties go to the likelier proposal, then to the smaller
-      cluster id; a cluster that was drawn several times counts once.
+      tree: of `exhaustive.build_tree`, which the exhaustive sampler needs and no other.
     """
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.ids)
-    with jax.named_scope("propose"):
-        draws = sample(
-            novelty_model,
-            novelty_params,
-            trie,
-            batch.novelty,
-            batch.excluded,
-            keys,
-            settings.num_samples,
-            settings.temperature,
+    keys = _keys_of_histories(key, batch.history)
+    excluded = exclude(trie, jnp.concatenate([batch.history, batch.banned], axis=1))
+    with jax.named_scope("read"):
+        novelty = read_prompts(novelty_model, novelty_params, prefixes.novelty, batch.novelty)
+        alignment = read_prompts(
+            alignment_model, alignment_params, prefixes.alignment, batch.alignment
         )
-    with jax.named_scope("score"):
-        scores = _score(alignment_model, alignment_params, trie, batch.alignment, draws.clusters)
+    propose = functools.partial(
+        sample,
+        novelty_model,
+        novelty_params,
+        trie,
+        novelty,
+        excluded,
+        _fold_in(keys, _DRAWING),
+        settings.num_samples,
+        settings.temperature,
+    )
+    score = functools.partial(score_each, alignment_model, alignment_params, trie, alignment)
+    if settings.sampler == "exhaustive":
+        draws = all_clusters(
+            novelty_model, novelty_params, trie, tree, novelty, excluded, settings.temperature
+        )
+        scores = all_scores(alignment_model, alignment_params, trie, tree, alignment)
+        candidates = Candidates(draws.clusters, scores, draws.log_probabilities)
+    else:
+        with jax.named_scope("propose"):
+            draws = propose(distinct=settings.sampler == "distinct")
+        with jax.named_scope("score"):
+            candidates, scores = _score_once(draws, trie.num_sequences, score)
     with jax.named_scope("choose"):
-        return _choose(draws, scores, settings.num_chosen)
-
-
-def _score(
-    model: RewardModel, params: dict, trie: Trie, prompts: Prompts, clusters: Int[Array, "B N"]
-) -> Float[Array, "B N"]:
-    """Scores the clusters' descriptions after their prompts; each prompt is run once."""
-    _, prompt = model.apply(params, prompts.tokens, method="prefill")
-    paths = jnp.take(trie.paths, clusters, axis=0)
-    steps = jnp.arange(trie.max_length)
-    positions = prompts.lengths[:, None, None] + steps[None, None, :]
-    in_prompt = jnp.arange(prompts.tokens.shape[1])[None, :] < prompts.lengths[:, None]
-    hidden, _ = model.apply(
-        params,
-        jnp.take(trie.tokens, paths),
-        jnp.broadcast_to(positions, paths.shape),
-        (steps[:, None] >= steps[None, :])[None, None],
-        (prompt,),
-        (in_prompt[:, None, None, :],),
-        method="extend",
-    )
-    ends = (jnp.take(trie.lengths, clusters) - 1)[..., None, None]
-    return model.apply(params, jnp.take_along_axis(hidden, ends, axis=2)[..., 0, :], method="score")
-
-
-def _choose(draws: Draws, scores: Float[Array, "B N"], num_chosen: int) -> Exploration:
-    clusters, log_probabilities = draws
-    same = clusters[:, :, None] == clusters[:, None, :]
-    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), k=-1)[None]
-    repeated = jnp.any(same & earlier, axis=-1)
-    counted = jnp.where(repeated, -jnp.inf, scores)
-    order = jnp.lexsort((clusters, -log_probabilities, -counted), axis=-1)[:, :num_chosen]
-    at = functools.partial(jnp.take_along_axis, indices=order, axis=-1)
-    missing = at(repeated)
+        selection = select(settings, candidates, _fold_in(keys, _CHOOSING))
     return Exploration(
-        clusters=jnp.where(missing, -1, at(clusters)),
-        scores=at(counted),
-        log_probabilities=jnp.where(missing, -jnp.inf, at(log_probabilities)),
+        *selection,
         draws=draws,
-        draw_scores=scores,
+        draw_scores=jnp.where(draws.clusters < 0, -jnp.inf, scores),
+        num_distinct=jnp.sum(candidates.clusters >= 0, axis=1),
+        num_allowed=num_allowed_below(trie, excluded, jnp.full(len(excluded), ROOT)),
     )
+
+
+def _keys_of_histories(key: Key[Array, ""], history: Int[Array, "B K"]) -> Key[Array, "B"]:
+    """A key for each history, from its clusters alone; padding changes nothing."""
+
+    def fold(key, cluster):
+        return jnp.where(cluster < 0, key, jax.random.fold_in(key, cluster)), None
+
+    return jax.vmap(lambda clusters: jax.lax.scan(fold, key, clusters)[0])(history)
+
+
+def _fold_in(keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
+def _score_once(
+    draws: Draws,
+    num_clusters: int,
+    score: Callable[[Int[Array, "B C"]], Float[Array, "B C"]],
+) -> tuple[Candidates, Float[Array, "B N"]]:
+    """The different clusters among the draws, each scored once, and the score of every draw."""
+    width = min(draws.clusters.shape[1], num_clusters)
+    missing = jnp.where(draws.clusters < 0, num_clusters, draws.clusters)
+    order = jnp.argsort(missing, axis=1)
+    ordered = jnp.take_along_axis(missing, order, axis=1)
+    above = jnp.pad(ordered[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    first = jnp.where(ordered == above, num_clusters, ordered)
+    firsts = jnp.argsort(first, axis=1)[:, :width]
+    clusters = jnp.take_along_axis(first, firsts, axis=1)
+    which = jnp.take_along_axis(order, firsts, axis=1)
+    real = clusters < num_clusters
+    scores = score(jnp.where(real, clusters, -1))
+    place = jax.vmap(jnp.searchsorted)(clusters, missing)
+    of_draws = jnp.take_along_axis(scores, jnp.minimum(place, width - 1), axis=1)
+    log_probabilities = jnp.take_along_axis(draws.log_probabilities, which, axis=1)
+    return Candidates(jnp.where(real, clusters, -1), scores, log_probabilities), of_draws

@@ -2,9 +2,11 @@
 
 A prompt's keys and values are computed once and attended to by all of its continuations: the
 prompt segment has shape [B, S, …] and the continuations' own [B, N, T, …]; nothing is copied N
-times. Each segment gives its own block of attention logits; one softmax runs over all of them.
+times; a prefix that all prompts share has shape [P, …]. Each segment gives its own block of
+attention logits; one softmax runs over all blocks, which are never joined either.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,19 +16,33 @@ from jaxtyping import Array, Bool, Float, Int
 _MASKED = -1e30
 
 
-class Segment(NamedTuple):
-    """Keys and values of one stretch of tokens.
+class KeyValues(NamedTuple):
+    """Keys and values of one stretch of tokens in one layer.
 
     Attributes:
       keys: [*leading, T, G, head_dim], rotated to their positions.
       values: [*leading, T, G, head_dim].
 
-    The leading shape of a segment is a prefix of the queries' one: ([B], when the queries have
-    [B, N], is shared by the N).
+    The leading shape is a prefix of the queries' one: [B], when the queries have [B, N], is shared
+    by the N; [] by the whole batch.
     """
 
     keys: Float[Array, "*leading T G head_dim"]
     values: Float[Array, "*leading T G head_dim"]
+
+
+class Segment(NamedTuple):
+    """One stretch of tokens, as all layers of a transformer keep it to be looked at later.
+
+    Attributes:
+      keys: of every layer, rotated to their positions.
+      values: of every layer.
+      positions: of the tokens.
+    """
+
+    keys: Float[Array, "L *leading T G head_dim"]
+    values: Float[Array, "L *leading T G head_dim"]
+    positions: Int[Array, "*leading T"]
 
 
 def rotate(
@@ -52,8 +68,9 @@ def rotate(
 
 def attend(
     queries: Float[Array, "*batch T H head_dim"],
-    segments: tuple[Segment, ...],
+    segments: tuple[KeyValues, ...],
     masks: tuple[Bool[Array, "..."], ...],
+    softcap: float = 0.0,
 ) -> Float[Array, "*batch T H head_dim"]:
     """Grouped-query attention of `queries` to all segments at once.
 
@@ -62,6 +79,7 @@ def attend(
       segments: where to look.
       masks: for every segment a mask that broadcasts to [*batch, T, T of the segment]; True where a
         query may look. A query that may look nowhere gets the mean of all values.
+      softcap: logits x become softcap · tanh(x / softcap) (Gemma 2); 0 leaves them as they are.
 
     Returns:
       The attended values, in the queries' dtype; the softmax is computed in float32.
@@ -69,48 +87,66 @@ def attend(
     *batch, num_queries, num_heads, head_dim = queries.shape
     num_groups = segments[0].keys.shape[-2]
     grouped = queries.reshape(*batch, num_queries, num_groups, num_heads // num_groups, head_dim)
-    scores = [
-        jnp.where(
-            _insert_heads(mask, len(batch)),
-            _scores(grouped, segment.keys) * head_dim**-0.5,
-            _MASKED,
-        )
-        for segment, mask in zip(segments, masks, strict=True)
-    ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
-    total, start = 0.0, 0
-    for segment in segments:
-        stop = start + segment.keys.shape[-3]
-        total = total + _mix(weights[..., start:stop], segment.values)
-        start = stop
-    return total.reshape(*batch, num_queries, num_heads, head_dim)
+    beside = tuple(_insert_head(mask, len(batch)) for mask in masks)
+
+    def of_group(queries, segments):
+        return _attend_group(queries, segments, beside, softcap)
+
+    # One group at a time as a reader sees it; the batched axis comes first, as products want it.
+    mixed = jax.vmap(of_group, in_axes=(-3, -2), out_axes=-3)(grouped, segments)
+    return mixed.reshape(*batch, num_queries, num_heads, head_dim)
 
 
-def _scores(grouped: Array, keys: Array) -> Array:
-    """Logits [*batch, G, R, T, T of the segment] in float32."""
-    shared = _names(keys.ndim - 3)
-    batch = _names(grouped.ndim - 4)
+def _attend_group(
+    queries: Float[Array, "*batch T R head_dim"],
+    segments: tuple[KeyValues, ...],
+    masks: tuple[Bool[Array, "..."], ...],
+    softcap: float,
+) -> Float[Array, "*batch T R head_dim"]:
+    """R heads that share keys and values, whose axis G is gone; masks broadcast to [*batch, T, R,
+    T of the segment]."""
+    blocks = []
+    for segment, mask in zip(segments, masks, strict=True):
+        scores = _scores(queries, segment.keys) * queries.shape[-1] ** -0.5
+        if softcap:
+            scores = softcap * jnp.tanh(scores / softcap)
+        blocks.append(jnp.where(mask, scores, _MASKED))
+    highest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in blocks])
+    weights = [jnp.exp(block - highest) for block in blocks]
+    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
+    mixed = sum(
+        _mix(block.astype(queries.dtype), segment.values)
+        for block, segment in zip(weights, segments, strict=True)
+    )
+    return (mixed / total).astype(queries.dtype)
+
+
+def _scores(queries: Array, keys: Array) -> Array:
+    """Logits [*batch, T, R, T of the segment] in float32."""
+    batch, shared = _names(queries.ndim - 3), _names(keys.ndim - 2)
     return jnp.einsum(
-        f"{batch}tgrd,{shared}sgd->{batch}grts", grouped, keys, preferred_element_type=jnp.float32
+        f"{batch}trd,{shared}sd->{batch}trs", queries, keys, preferred_element_type=jnp.float32
     )
 
 
 def _mix(weights: Array, values: Array) -> Array:
-    shared = _names(values.ndim - 3)
-    batch = _names(weights.ndim - 4)
-    return jnp.einsum(f"{batch}grts,{shared}sgd->{batch}tgrd", weights, values)
+    """Sums of values [*batch, T, R, head_dim] in float32."""
+    batch, shared = _names(weights.ndim - 3), _names(values.ndim - 2)
+    return jnp.einsum(
+        f"{batch}trs,{shared}sd->{batch}trd", weights, values, preferred_element_type=jnp.float32
+    )
 
 
 def _names(count: int) -> str:
     """Names of leading axes for einsum: shared ones are a prefix of the queries' ones."""
-    return "abcdef"[:count]
+    return "abcefg"[:count]
 
 
-def _insert_heads(mask: Array, batch_ndim: int) -> Array:
-    """[*batch, T, S] → [*batch, 1, 1, T, S], with size-1 axes where the mask has fewer."""
+def _insert_head(mask: Array, batch_ndim: int) -> Array:
+    """[*batch, T, S] → [*batch, T, 1, S], with size-1 axes where the mask has fewer."""
     missing = batch_ndim + 2 - mask.ndim
     mask = mask.reshape((1,) * missing + mask.shape)
-    return mask[..., None, None, :, :]
+    return mask[..., None, :]
 
 
 def _like(vector: Array, ndim: int) -> Array:

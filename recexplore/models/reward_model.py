@@ -33,9 +33,9 @@ class RewardModel(nn.Module):
         """`Transformer.prefill` of the model's own transformer."""
         return self.transformer.prefill(tokens, deterministic)
 
-    def extend(self, tokens, positions, own_mask, context, context_masks):
+    def extend(self, *args, **kwargs):
         """`Transformer.extend` of the model's own transformer."""
-        return self.transformer.extend(tokens, positions, own_mask, context, context_masks)
+        return self.transformer.extend(*args, **kwargs)
 
     def score(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
         """The scalar head on hidden states of last tokens, in float32."""

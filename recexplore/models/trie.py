@@ -1,14 +1,24 @@
 """The allowed outputs: token sequences as a trie, flattened to arrays that live on the device.
 
-Built once on the host in numpy; used in compiled code by pure functions of arrays. Nodes are
-numbered breadth first, so that the children of a node are one stretch of ids, and outputs are
-ordered so that those below a node are one stretch too: which children still lead to an allowed
-output is a difference of two entries of a running sum.
+Built once on the host in numpy; used in compiled code by pure functions of arrays. A node stands
+for a beginning that several sequences share, or for the first place at which one has parted from
+all others: below that the rest of a sequence is certain and needs no nodes.
+
+    ids  sequence          nodes
+    0    crime drama .     0 (root) ── 1 crime ── 3 drama   (0 ends here: the rest is certain)
+    1    crime .                              └── 4 .       (1: a beginning of 0, but for its end)
+    2    space opera .             └── 2 space              (2)
+
+Nodes are numbered breadth first and by token, so that a node's children are one stretch of ids; the
+sequences below a node are one stretch of the sorted sequences, their *ranks*. How many of them are
+still allowed is a difference of two counts among the excluded ranks.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -16,6 +26,21 @@ from jaxtyping import Array, Bool, Int
 from recexplore.errors import InputError
 
 ROOT = 0
+_COMPARED_AT_ONCE = 128  # with more excluded ranks, searching them by halves is faster
+
+
+class Level(NamedTuple):
+    """The nodes of one depth that have children.
+
+    Attributes:
+      branching: their ids.
+      alphabet: the different tokens that lead on from them.
+      slots: 0 .. (largest number of children) - 1.
+    """
+
+    branching: Int[Array, "W"]
+    alphabet: Int[Array, "U"]
+    slots: Int[Array, "C"]
 
 
 class Trie(NamedTuple):
@@ -23,39 +48,48 @@ class Trie(NamedTuple):
 
     Attributes:
       tokens: the token that leads to a node; 0 at the root.
+      symbols: its place in the alphabet of the level above.
       parents: a node's parent; 0 at the root.
-      depths: number of tokens from the root.
       first_child: the children of a node are first_child .. first_child + num_children - 1.
-      num_children: 0 at leaves.
-      sequence: which sequence ends at a node; -1 at inner nodes.
-      first_leaf: sequences below a node are leaf_order[first_leaf : last_leaf].
+      num_children: 0 where only one sequence is left.
+      first_leaf: the sequences below a node have the ranks first_leaf .. last_leaf - 1.
       last_leaf: see first_leaf.
-      leaf_order: sequence ids in the order of the leaves.
-      paths: nodes of each sequence from below the root to its leaf, right-padded with the leaf.
+      leaf_order: rank → sequence.
+      leaf_rank: sequence → rank.
+      paths: the nodes of each sequence from below the root on, right-padded with the last one.
+      sequences: the token sequences themselves, right-padded with 0.
       lengths: number of tokens of each sequence, EOS included.
-      slots: 0 .. (largest number of children of a node) - 1.
+      levels: of the depths 0 .. depth - 1; deeper down nothing branches.
     """
 
     tokens: Int[Array, "E"]
+    symbols: Int[Array, "E"]
     parents: Int[Array, "E"]
-    depths: Int[Array, "E"]
     first_child: Int[Array, "E"]
     num_children: Int[Array, "E"]
-    sequence: Int[Array, "E"]
     first_leaf: Int[Array, "E"]
     last_leaf: Int[Array, "E"]
     leaf_order: Int[Array, "M"]
+    leaf_rank: Int[Array, "M"]
     paths: Int[Array, "M depth"]
+    sequences: Int[Array, "M T"]
     lengths: Int[Array, "M"]
-    slots: Int[Array, "C"]
+    levels: tuple[Level, ...]
 
     @property
     def num_sequences(self) -> int:
+        """M."""
         return self.lengths.shape[0]
 
     @property
     def max_length(self) -> int:
-        return self.paths.shape[1]
+        """Tokens of the longest sequence, EOS included."""
+        return self.sequences.shape[1]
+
+    @property
+    def depth(self) -> int:
+        """How many tokens tell any two sequences apart: the branching depth."""
+        return len(self.levels)
 
 
 def build_trie(sequences: Sequence[Sequence[int]], eos_id: int, vocab_size: int) -> Trie:
@@ -73,123 +107,191 @@ def build_trie(sequences: Sequence[Sequence[int]], eos_id: int, vocab_size: int)
     Raises:
       InputError: no sequence, a sequence twice, a missing EOS, or a token outside the vocabulary.
     """
-    _check_sequences(sequences, eos_id, vocab_size)
-    children: list[dict[int, int]] = [{}]
-    ends: dict[int, int] = {}
-    for index, sequence in enumerate(sequences):
-        node = ROOT
-        for token in sequence:
-            if token not in children[node]:
-                children[node][token] = len(children)
-                children.append({})
-            node = children[node][token]
-        ends[node] = index
-    order, tokens, parents = [ROOT], [0], [0]
-    for position, node in enumerate(order):  # grows while it is walked: breadth first
-        for token in sorted(children[node]):
-            order.append(children[node][token])
-            tokens.append(token)
-            parents.append(position)
-    num_children = np.array([len(children[node]) for node in order], np.int32)
-    first_child = 1 + np.concatenate([[0], np.cumsum(num_children)[:-1]]).astype(np.int32)
-    sequence_of = np.array([ends.get(node, -1) for node in order], np.int32)
-    parent_array = np.array(parents, np.int32)
-    first_leaf, last_leaf, leaf_order = _leaf_ranges(parent_array, sequence_of, first_child)
-    paths, lengths, depths = _paths(parent_array, sequence_of, len(sequences))
+    tokens, lengths = _padded(sequences, eos_id, vocab_size)
+    leaf_order = np.lexsort(tokens.T[::-1]).astype(np.int32)
+    rows = tokens[leaf_order]
+    shared = _shared_with_row_above(rows, leaf_order)
+    # The depth at which a row has parted from the rows above and below it.
+    parted = np.maximum(shared, np.append(shared[1:], -1)) + 1
+    depth = int(parted.max())
+    node_of_row = np.full(len(rows), ROOT)
+    nodes = {name: [np.zeros(1, np.int64)] for name in ("token", "symbol", "parent", "first")}
+    last, paths, alphabets = [np.array([len(rows)])], [], []
+    total = 1
+    for d in range(1, depth + 1):
+        opens = np.flatnonzero((shared < d) & (parted >= d))  # first row of each node
+        boundaries = np.append(np.flatnonzero(shared < d), len(rows))
+        alphabet, symbols = np.unique(rows[opens, d - 1], return_inverse=True)
+        nodes["token"].append(rows[opens, d - 1])
+        nodes["symbol"].append(symbols)
+        nodes["parent"].append(node_of_row[opens])
+        nodes["first"].append(opens)
+        last.append(boundaries[np.searchsorted(boundaries, opens, side="right")])
+        numbers = total - 1 + np.cumsum((shared < d) & (parted >= d))
+        node_of_row = np.where(parted >= d, numbers, node_of_row)
+        paths.append(node_of_row)
+        alphabets.append(alphabet)
+        total += len(opens)
+    parents = np.concatenate(nodes["parent"])
+    num_children = np.bincount(parents[1:], minlength=total)
+    first_child = np.zeros(total, np.int64)
+    first_child[parents[:0:-1]] = np.arange(total - 1, 0, -1)  # the first child is written last
+    leaf_rank = np.empty_like(leaf_order)
+    leaf_rank[leaf_order] = np.arange(len(rows))
+    whole = np.int32
     return Trie(
-        tokens=np.array(tokens, np.int32),
-        parents=parent_array,
-        depths=depths,
-        first_child=first_child,
-        num_children=num_children,
-        sequence=sequence_of,
-        first_leaf=first_leaf,
-        last_leaf=last_leaf,
+        tokens=np.concatenate(nodes["token"]).astype(whole),
+        symbols=np.concatenate(nodes["symbol"]).astype(whole),
+        parents=parents.astype(whole),
+        first_child=first_child.astype(whole),
+        num_children=num_children.astype(whole),
+        first_leaf=np.concatenate(nodes["first"]).astype(whole),
+        last_leaf=np.concatenate(last).astype(whole),
         leaf_order=leaf_order,
-        paths=paths,
+        leaf_rank=leaf_rank,
+        paths=np.array(paths, whole).reshape(depth, len(rows)).T[leaf_rank],
+        sequences=tokens,
         lengths=lengths,
-        slots=np.arange(num_children.max(), dtype=np.int32),
+        levels=_levels(nodes["token"], alphabets, num_children),
     )
 
 
-def allowed_running_sum(trie: Trie, excluded: Bool[Array, "B M"]) -> Int[Array, "B sums"]:
-    """Running count of allowed sequences in leaf order, for `num_allowed_below`."""
-    allowed = ~jnp.take(excluded, trie.leaf_order, axis=1)
-    return jnp.pad(jnp.cumsum(allowed, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+def exclude(trie: Trie, sequences: Int[Array, "B X"]) -> Int[Array, "B X"]:
+    """The sorted ranks of sequences that are not allowed, from their ids.
+
+    Args:
+      trie: all sequences.
+      sequences: ids; any may stand there twice, and -1 is none.
+
+    Returns:
+      Ranks, each once, in order; M where there is none.
+    """
+    count = trie.num_sequences
+    ranks = jnp.take(trie.leaf_rank, jnp.clip(sequences, 0), mode="clip")
+    ranks = jnp.sort(jnp.where(sequences < 0, count, ranks), axis=1)
+    above = jnp.pad(ranks[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return jnp.sort(jnp.where(ranks == above, count, ranks), axis=1)
+
+
+def exclude_mask(trie: Trie, excluded: Bool[Array, "B M"]) -> Int[Array, "B M"]:
+    """`exclude`, from a mask over all sequences."""
+    by_rank = jnp.take(excluded, trie.leaf_order, axis=1)
+    count = trie.num_sequences
+    return jnp.sort(jnp.where(by_rank, jnp.arange(count)[None], count), axis=1)
 
 
 def num_allowed_below(
-    trie: Trie, running_sum: Int[Array, "B sums"], nodes: Int[Array, "B *more"]
+    trie: Trie, excluded: Int[Array, "B X"], nodes: Int[Array, "B *more"]
 ) -> Int[Array, "B *more"]:
-    """How many allowed sequences can still be reached from each node."""
-    flat = nodes.reshape(nodes.shape[0], -1)
-    last = jnp.take_along_axis(running_sum, jnp.take(trie.last_leaf, flat), axis=1)
-    first = jnp.take_along_axis(running_sum, jnp.take(trie.first_leaf, flat), axis=1)
-    return (last - first).reshape(nodes.shape)
+    """How many allowed sequences can still be reached from each node.
+
+    Args:
+      trie: all sequences.
+      excluded: of `exclude`.
+      nodes: node ids.
+    """
+    first, last = jnp.take(trie.first_leaf, nodes), jnp.take(trie.last_leaf, nodes)
+    return last - first - (_count_below(excluded, last) - _count_below(excluded, first))
+
+
+def first_allowed_below(
+    trie: Trie, excluded: Int[Array, "B X"], nodes: Int[Array, "B N"]
+) -> Int[Array, "B N"]:
+    """The sequence of lowest rank that can be reached from each node and is allowed.
+
+    Where none is, it's another node's.
+    """
+    first = jnp.take(trie.first_leaf, nodes)
+    before = _count_below(excluded, first)
+    # The i-th excluded rank less i counts the allowed ranks before it; the ranks from `first` on
+    # that are excluded without a gap are those of which that count is the one at `first`.
+    none = excluded == trie.num_sequences
+    gaps = jnp.where(none, excluded, excluded - jnp.arange(excluded.shape[1])[None])
+    skipped = _count_below(gaps, first - before + 1) - before
+    rank = jnp.minimum(first + skipped, trie.num_sequences - 1)
+    return jnp.take(trie.leaf_order, rank)
 
 
 def children_of(
-    trie: Trie, nodes: Int[Array, "*batch"]
+    trie: Trie, level: Level, nodes: Int[Array, "*batch"]
 ) -> tuple[Int[Array, "*batch C"], Bool[Array, "*batch C"]]:
-    """Child nodes, padded to the largest number of children, and which of them are real."""
-    slots = trie.slots.reshape((1,) * nodes.ndim + (-1,))
+    """Children of nodes of one level, padded to its largest number of them, and which are real."""
+    slots = level.slots.reshape((1,) * nodes.ndim + (-1,))
     real = slots < jnp.take(trie.num_children, nodes)[..., None]
     return jnp.where(real, jnp.take(trie.first_child, nodes)[..., None] + slots, ROOT), real
 
 
-def _check_sequences(sequences, eos_id, vocab_size) -> None:
+def _count_below(
+    sorted_: Int[Array, "B X"], limits: Int[Array, "B *more"]
+) -> Int[Array, "B *more"]:
+    """How many values of a sorted row are smaller than each limit."""
+    flat = limits.reshape(limits.shape[0], -1)
+    if sorted_.shape[1] <= _COMPARED_AT_ONCE:
+        count = jnp.sum(sorted_[:, None, :] < flat[:, :, None], axis=-1, dtype=jnp.int32)
+    else:
+        count = jax.vmap(jnp.searchsorted)(sorted_, flat)
+    return count.reshape(limits.shape)
+
+
+def _padded(sequences, eos_id, vocab_size) -> tuple[np.ndarray, np.ndarray]:
+    """[M, T] and lengths [M], checked."""
     if not len(sequences):
         raise InputError("A trie needs at least one description; there are no clusters.")
-    seen: dict[tuple[int, ...], int] = {}
-    for index, sequence in enumerate(map(tuple, sequences)):
-        if not sequence or sequence[-1] != eos_id or eos_id in sequence[:-1]:
-            raise InputError(
-                f"Description {index} has tokens {list(sequence)}; it must end in EOS ({eos_id}) "
-                "and have EOS nowhere else."
+    lengths = np.fromiter(map(len, sequences), np.int32, len(sequences))
+    flat = np.fromiter(chain.from_iterable(sequences), np.int64, int(lengths.sum()))
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    wrong = np.flatnonzero((flat <= 0) | (flat >= vocab_size))
+    if len(wrong):
+        raise InputError(
+            f"Description {owner[wrong[0]]} has token {flat[wrong[0]]}, outside the vocabulary's "
+            f"1..{vocab_size - 1}. Make the vocabulary and the model from the same clusters."
+        )
+    real = np.arange(max(lengths.max(), 1))[None, :] < lengths[:, None]
+    tokens = np.zeros(real.shape, np.int32)
+    tokens[real] = flat
+    last = tokens[np.arange(len(lengths)), np.maximum(lengths, 1) - 1]
+    unended = np.flatnonzero((last != eos_id) | ((tokens == eos_id).sum(axis=1) != 1))
+    if len(unended):
+        raise InputError(
+            f"Description {unended[0]} has tokens {list(sequences[unended[0]])}; it must end in "
+            f"EOS ({eos_id}) and have EOS nowhere else."
+        )
+    return tokens, lengths
+
+
+def _shared_with_row_above(rows: np.ndarray, leaf_order: np.ndarray) -> np.ndarray:
+    """How many tokens each sorted row begins with that the one above begins with too; -1 at first.
+
+    Raises:
+      InputError: two rows are the same.
+    """
+    shared = np.full(len(rows), -1)
+    alike = np.ones(len(rows) - 1, bool)
+    shared[1:] = 0
+    for d in range(rows.shape[1]):
+        alike &= rows[1:, d] == rows[:-1, d]
+        shared[1:] += alike
+    twice = np.flatnonzero(alike)
+    if len(twice):
+        first, second = sorted(leaf_order[twice[0] : twice[0] + 2].tolist())
+        tokens = [int(token) for token in rows[twice[0]] if token]
+        raise InputError(
+            f"Descriptions {first} and {second} have the same tokens {tokens}: clusters must "
+            "differ in words that the vocabulary can tell apart."
+        )
+    return shared
+
+
+def _levels(tokens_by_depth, alphabets, num_children) -> tuple[Level, ...]:
+    levels, start = [], 0
+    for depth, alphabet in enumerate(alphabets):
+        count = num_children[start : start + len(tokens_by_depth[depth])]
+        levels.append(
+            Level(
+                branching=(start + np.flatnonzero(count)).astype(np.int32),
+                alphabet=alphabet.astype(np.int32),
+                slots=np.arange(count.max(), dtype=np.int32),
             )
-        wrong = [token for token in sequence if not 0 < token < vocab_size]
-        if wrong:
-            raise InputError(
-                f"Description {index} has token {wrong[0]}, outside the vocabulary's "
-                f"1..{vocab_size - 1}. Make the vocabulary and the model from the same clusters."
-            )
-        if sequence in seen:
-            raise InputError(
-                f"Descriptions {seen[sequence]} and {index} have the same tokens {list(sequence)}: "
-                "clusters must differ in words that the vocabulary can tell apart."
-            )
-        seen[sequence] = index
-
-
-def _leaf_ranges(parents, sequence_of, first_child):
-    """Leaves in depth-first order, and each node's stretch of them."""
-    count = (sequence_of >= 0).astype(np.int32)
-    for node in range(len(parents) - 1, 0, -1):  # children come after their parents
-        count[parents[node]] += count[node]
-    first = np.zeros_like(count)
-    for node in range(1, len(parents)):
-        parent = parents[node]
-        elder = node - 1
-        sibling = node != first_child[parent]
-        first[node] = first[elder] + count[elder] if sibling else first[parent]
-    leaves = np.flatnonzero(sequence_of >= 0)
-    leaf_order = np.empty(len(leaves), np.int32)
-    leaf_order[first[leaves]] = sequence_of[leaves]
-    return first, first + count, leaf_order
-
-
-def _paths(parents, sequence_of, num_sequences):
-    depths = np.zeros(len(parents), np.int32)
-    for node in range(1, len(parents)):
-        depths[node] = depths[parents[node]] + 1
-    leaves = np.flatnonzero(sequence_of >= 0)
-    lengths = np.zeros(num_sequences, np.int32)
-    lengths[sequence_of[leaves]] = depths[leaves]
-    paths = np.zeros((num_sequences, depths.max()), np.int32)
-    for leaf in leaves:
-        row, node = paths[sequence_of[leaf]], leaf
-        row[:] = leaf
-        while node != ROOT:
-            row[depths[node] - 1] = node
-            node = parents[node]
-    return paths, lengths, depths
+        )
+        start += len(count)
+    return tuple(levels)

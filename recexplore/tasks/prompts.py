@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 HISTORY_SEPARATOR = ";"  # stands after every description in a history
-INSTRUCTIONS = ("interests:", "next:", "liking:")  # each one piece of our own vocabulary
+PREFIX = "interests:"  # all prompts begin with it, and are read from there on by compiled steps
+INSTRUCTIONS = (PREFIX, "next:", "liking:")  # each one piece of our own vocabulary
 
 
 def novelty_prompt(descriptions: Sequence[str]) -> str:
@@ -15,7 +16,7 @@ def novelty_prompt(descriptions: Sequence[str]) -> str:
     Args:
       descriptions: of the history's clusters, oldest first.
     """
-    return f"interests: {_listed(descriptions)} next:"
+    return f"{PREFIX} {_listed(descriptions)} next:"
 
 
 def alignment_prompt(descriptions: Sequence[str]) -> str:
@@ -27,7 +28,7 @@ def alignment_prompt(descriptions: Sequence[str]) -> str:
     Args:
       descriptions: of the history's clusters, oldest first.
     """
-    return f"interests: {_listed(descriptions)} liking:"
+    return f"{PREFIX} {_listed(descriptions)} liking:"
 
 
 def _listed(descriptions: Sequence[str]) -> str:

@@ -98,7 +98,9 @@ class Batches:
       batch_size: B of this process.
       max_length: T.
       longest_description: in tokens, EOS included. A prompt that leaves less room than this loses
-        its oldest tokens, whichever description follows: as when the model is asked.
+        its oldest tokens after the prefix, whichever description follows: as when the model is
+        asked.
+      prefix_length: tokens that all prompts begin with.
       num_clusters: M.
       shuffle: in an order drawn from `seed`; otherwise in the order of the files.
       seed: of the order.
@@ -117,6 +119,7 @@ class Batches:
         batch_size: int,
         max_length: int,
         longest_description: int,
+        prefix_length: int,
         num_clusters: int,
         shuffle: bool = False,
         seed: int = 0,
@@ -124,10 +127,11 @@ class Batches:
         shard: tuple[int, int] = (0, 1),
     ):
         room = max_length - longest_description
-        if room < 1:
+        if room <= prefix_length:
             raise InputError(
                 f"pipeline.train.max_length is {max_length}, but the longest description alone has "
-                f"{longest_description} tokens. Leave it unbound, or bind more."
+                f"{longest_description} tokens and what all prompts begin with {prefix_length}. "
+                "Leave it unbound, or bind more."
             )
         dataset = task.get_dataset(
             sequence_length=None,
@@ -141,7 +145,7 @@ class Batches:
         )
 
         def convert(example):
-            return _to_model_features(example, max_length, room, num_clusters)
+            return _to_model_features(example, max_length, room, prefix_length, num_clusters)
 
         dataset = dataset.map(convert, num_parallel_calls=2, deterministic=True)
         if not repeat:
@@ -200,10 +204,12 @@ def count_examples(folder: Path, split: str) -> int:
     return count
 
 
-def _to_model_features(example, max_length: int, room: int, num_clusters: int):
+def _to_model_features(example, max_length: int, room: int, prefix_length: int, num_clusters: int):
     targets = tf.cast(example["targets"], tf.int32)
     inputs = tf.cast(example["inputs"], tf.int32)
-    inputs = inputs[tf.maximum(tf.shape(inputs)[0] - room, 0) :]
+    rest = inputs[prefix_length:]
+    rest = rest[tf.maximum(tf.shape(inputs)[0] - room, 0) :]
+    inputs = tf.concat([inputs[:prefix_length], rest], axis=0)
     tokens = tf.concat([inputs, targets], axis=0)
     length = tf.shape(tokens)[0]
     tokens = tf.pad(tokens, [[0, max_length - length]])

@@ -10,7 +10,7 @@ import sentencepiece
 
 from recexplore import artifacts
 from recexplore.errors import InputError
-from recexplore.tasks.prompts import HISTORY_SEPARATOR, INSTRUCTIONS
+from recexplore.tasks.prompts import HISTORY_SEPARATOR, INSTRUCTIONS, PREFIX
 
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 _FILE = "sentencepiece.model"
@@ -108,6 +108,11 @@ class Vocabulary:
         """V, the number of pieces."""
         return self._processor.vocab_size()
 
+    @property
+    def prefix(self) -> list[int]:
+        """Token ids of what all prompts begin with."""
+        return self.encode(PREFIX)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without EOS."""
         return self._processor.encode(text)
@@ -123,11 +128,24 @@ class Vocabulary:
     def encode_prompts(
         self, prompts: Sequence[str], max_length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of prompts, right-padded: [B, S] and lengths [B], both int32.
+        """Token ids of prompts after the prefix, right-padded: [B, S] and lengths [B], both int32.
 
-        A prompt longer than `max_length` loses its oldest tokens, as in training.
+        A prompt longer than `max_length`, prefix and all, loses the oldest tokens after the prefix,
+        as in training.
+
+        Raises:
+          InputError: the vocabulary joins the end of the prefix with what follows.
         """
-        rows = [self.encode(prompt)[-max_length:] for prompt in prompts]
+        prefix = self.prefix
+        rows = [self.encode(prompt) for prompt in prompts]
+        for prompt, row in zip(prompts, rows, strict=True):
+            if row[: len(prefix)] != prefix:
+                raise InputError(
+                    f"The vocabulary {self.path} doesn't keep {PREFIX!r} apart from the rest of "
+                    f"the prompt {prompt!r}, so it can't be read beforehand. Make the vocabulary "
+                    "again with `recexplore tokenize`."
+                )
+        rows = [row[max(len(prefix), len(row) - (max_length - len(prefix))) :] for row in rows]
         lengths = np.array([len(row) for row in rows], np.int32)
         tokens = np.full((len(rows), max(lengths, default=0)), PAD_ID, np.int32)
         for row, target in zip(rows, tokens, strict=True):

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from recexplore.models.trie import (
     ROOT,
     Trie,
-    allowed_running_sum,
     children_of,
+    exclude_mask,
     num_allowed_below,
 )
 
@@ -144,16 +144,27 @@ def _clusters_below(
 ) -> tuple[Int[Array, "B depth V"], Bool[Array, "B depth V"]]:
     """At each step of the target's path down the trie: how many clusters not seen each token of the
     vocabulary leads to, and which tokens lead to any cluster at all."""
-    running_sum = allowed_running_sum(trie, seen)
+    excluded = exclude_mask(trie, seen)
     rows = jnp.arange(targets.shape[0])[:, None]
     nodes = jnp.full((targets.shape[0],), ROOT, jnp.int32)
     below, in_trie = [], []
     for step in range(trie.max_length):
-        children, real = children_of(trie, nodes)
-        tokens = jnp.take(trie.tokens, children)
-        counts = jnp.where(real, num_allowed_below(trie, running_sum, children), 0)
+        target = targets[:, step, None]
+        # Once a single cluster is left, its own next token is all that can follow.
+        tokens, certain = target, (jnp.take(trie.num_children, nodes) == 0)[:, None]
+        counts = jnp.where(certain, num_allowed_below(trie, excluded, nodes[:, None]), 0)
+        real = certain
+        if step < trie.depth:
+            children, exist = children_of(trie, trie.levels[step], nodes)
+            exist = exist & ~certain
+            found = jnp.where(exist, num_allowed_below(trie, excluded, children), 0)
+            match = exist & (jnp.take(trie.tokens, children) == target)
+            nodes = jnp.where(
+                certain[:, 0], nodes, jnp.max(jnp.where(match, children, ROOT), axis=1)
+            )
+            tokens = jnp.concatenate([tokens, jnp.take(trie.tokens, children)], axis=1)
+            counts = jnp.concatenate([counts, found], axis=1)
+            real = jnp.concatenate([certain, exist], axis=1)
         below.append(jnp.zeros((len(targets), vocab_size), jnp.int32).at[rows, tokens].max(counts))
         in_trie.append(jnp.zeros((len(targets), vocab_size), bool).at[rows, tokens].max(real))
-        match = real & (tokens == targets[:, step, None])
-        nodes = jnp.max(jnp.where(match, children, ROOT), axis=1)
     return jnp.stack(below, axis=1), jnp.stack(in_trie, axis=1)

@@ -1,229 +1,187 @@
-"""The compiled step against enumeration on a small model."""
+"""The whole step against enumeration, an argmax in numpy, and itself in other company."""
 
+import dataclasses
 import functools
-import math
 
-import chex
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
-
-from recexplore.distributed import partitioning
-from recexplore.errors import InputError
-from recexplore.evaluation.offline import choose
-from recexplore.inference import exhaustive
-from recexplore.inference.best_of_n import Batch, BestOfN, explore_step
-from recexplore.inference.bulk import run_in_batches
-from recexplore.inference.sampler import Prompts, sample
-from recexplore.models.reward_model import RewardModel
-from recexplore.models.transformer import Transformer, TransformerConfig
-from recexplore.models.trie import build_trie
-
-EOS = 1
-# One is a prefix of another, one is a single token, two share most of their way.
-SEQUENCES = [[2, 3, EOS], [2, 3, 4, EOS], [5, EOS], [2, 6, 7, EOS], [2, 6, 8, EOS], [9, 3, EOS]]
-TRIE = jax.tree.map(jnp.asarray, build_trie(SEQUENCES, EOS, 12))
-CONFIG = TransformerConfig(
-    vocab_size=12,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=24,
-    max_length=16,
+from small_pair import (
+    ALIGNMENT,
+    BANNED,
+    HISTORIES,
+    LEFT_OUT,
+    NOVELTY,
+    B,
+    M,
+    batch_of,
+    enumerated,
+    explore,
+    pick,
+    prefix_of,
+    whole_scores,
 )
-NOVELTY, ALIGNMENT = Transformer(CONFIG), RewardModel(CONFIG)
-B, M = 3, len(SEQUENCES)
 
+from recexplore.inference.best_of_n import Prefixes, explore_step
 
-def parameters(model, seed):
-    params = nn.unbox(
-        model.init(jax.random.key(seed), jnp.ones((1, 2), jnp.int32), method="prefill")
-    )
-    if "head" in params["params"]:
-        params["params"]["head"] = jax.random.normal(jax.random.key(seed + 1), (16,))
-    return params
-
-
-NOVELTY_PARAMS, ALIGNMENT_PARAMS = parameters(NOVELTY, 0), parameters(ALIGNMENT, 5)
-PROMPTS = Prompts(
-    jnp.array([[2, 5, 7, 3], [4, 4, 0, 0], [9, 8, 2, 0]], jnp.int32), jnp.array([4, 2, 3])
+INDEPENDENT = dict(num_samples=16, num_chosen=3, sampler="independent")
+DISTINCT = dict(
+    num_samples=5, num_chosen=2, sampler="distinct", temperature=1.5, selection_temperature=0.7
 )
-EXCLUDED = jnp.zeros((B, M), bool).at[0, 1].set(True).at[1, jnp.array([3, 4])].set(True)
+EXHAUSTIVE = dict(num_samples=1, num_chosen=3, sampler="exhaustive", relevance_weight=0.5)
+EVERY = pytest.mark.parametrize(
+    "settings", [INDEPENDENT, DISTINCT, EXHAUSTIVE], ids=lambda s: s["sampler"]
+)
+RANDOM = pytest.mark.parametrize("settings", [INDEPENDENT, DISTINCT], ids=lambda s: s["sampler"])
 
 
-@jax.jit
-def logits_of(tokens):
-    return NOVELTY.apply(NOVELTY_PARAMS, tokens)
+def found_with(settings, **how):
+    return jax.device_get(explore(**how, **settings))
 
 
-def last_logits(tokens):
-    """Of one whole forward pass; what stands after the last token has no say in it."""
-    padded = np.zeros((1, CONFIG.max_length), np.int32)
-    padded[0, : len(tokens)] = tokens
-    return np.asarray(logits_of(padded)[0, len(tokens) - 1], np.float64)
+@functools.cache
+def scores():
+    return whole_scores()
 
 
-def enumerate_log_probabilities(row):
-    """Each cluster's log-probability, token by token with whole forward passes."""
-    prompt = PROMPTS.tokens[row, : PROMPTS.lengths[row]].tolist()
-    allowed = [s for i, s in enumerate(SEQUENCES) if not EXCLUDED[row, i]]
-    found = []
-    for index, sequence in enumerate(SEQUENCES):
-        total = 0.0
-        for depth in range(len(sequence)):
-            logits = last_logits(prompt + sequence[:depth])
-            options = {s[depth] for s in allowed if s[:depth] == sequence[:depth]}
-            if sequence[depth] not in options:
-                total = -math.inf
-                break
-            total += logits[sequence[depth]] - np.logaddexp.reduce([logits[o] for o in options])
-        found.append(total if not EXCLUDED[row, index] else -math.inf)
-    return np.array(found)
+@functools.cache
+def log_probabilities():
+    return enumerated(LEFT_OUT)
 
 
-EXPECTED = np.stack([enumerate_log_probabilities(row) for row in range(B)])
+def drawn(found, row):
+    return sorted({int(cluster) for cluster in found.draws.clusters[row] if cluster >= 0})
 
 
-def expected_scores(row):
-    """Whole forward passes, all six sequences as one batch."""
-    prompt = PROMPTS.tokens[row, : PROMPTS.lengths[row]].tolist()
-    whole = [prompt + sequence for sequence in SEQUENCES]
-    padded = np.zeros((M, CONFIG.max_length), np.int32)
-    for place, tokens in zip(padded, whole, strict=True):
-        place[: len(tokens)] = tokens
-    lengths = np.array([len(tokens) for tokens in whole])
-    return np.asarray(score_whole(ALIGNMENT_PARAMS, padded, lengths))
+def best(value, clusters, count):
+    ordered = sorted(clusters, key=lambda cluster: -value[cluster])[:count]
+    return ordered + [-1] * (count - len(ordered))
 
 
-score_whole = jax.jit(ALIGNMENT.apply)
-SCORES = np.stack([expected_scores(row) for row in range(B)])
-
-
-def explore(batch=None, **settings):
-    batch = batch or Batch(PROMPTS, PROMPTS, EXCLUDED, jnp.arange(B))
-    return explore_step(
-        NOVELTY_PARAMS,
-        ALIGNMENT_PARAMS,
-        TRIE,
-        batch,
-        jax.random.key(7),
-        settings=BestOfN(**{"num_samples": 16, "num_chosen": 3, **settings}),
-        novelty_model=NOVELTY,
-        alignment_model=ALIGNMENT,
-    )
-
-
-def test_exhaustive_log_probabilities_are_those_of_enumeration():
-    inner = jax.device_put(exhaustive.build_tree(TRIE, leaves=False))
-    excluded = jnp.stack([EXCLUDED, jnp.zeros_like(EXCLUDED)], axis=1)
-    found = exhaustive.log_probabilities(NOVELTY, NOVELTY_PARAMS, TRIE, inner, PROMPTS, excluded)
-    np.testing.assert_allclose(found[:, 0], EXPECTED, atol=1e-4)
-    np.testing.assert_allclose(np.exp(found).sum(axis=-1), 1.0, atol=1e-5)
-
-
-def test_exhaustive_scores_are_those_of_whole_sequences():
-    tree = jax.device_put(exhaustive.build_tree(TRIE, leaves=True))
-    found = exhaustive.scores(ALIGNMENT, ALIGNMENT_PARAMS, TRIE, tree, PROMPTS)
-    np.testing.assert_allclose(found, SCORES, atol=1e-4)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_draws_follow_the_enumerated_distribution(temperature):
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), jnp.arange(B))
-    draws = sample(
-        NOVELTY, NOVELTY_PARAMS, TRIE, PROMPTS, EXCLUDED, keys, num_samples=4000,
-        temperature=temperature,
-    )  # fmt: skip
-    np.testing.assert_allclose(
-        draws.log_probabilities, np.take_along_axis(EXPECTED, draws.clusters, axis=1), atol=1e-4
-    )
-    if temperature != 1.0:
-        return
+def test_best_of_n_is_an_argmax_in_numpy():
+    found = found_with(INDEPENDENT)
     for row in range(B):
-        counts = np.bincount(draws.clusters[row], minlength=M)
-        possible = np.isfinite(EXPECTED[row])
-        assert counts[~possible].sum() == 0
-        chances = np.exp(EXPECTED[row][possible])
-        test = scipy.stats.chisquare(counts[possible], 4000 * chances / chances.sum())
-        assert test.pvalue > 1e-3
+        assert found.clusters[row].tolist() == best(scores()[row], drawn(found, row), 3)
+    assert (found.propensities == (found.clusters >= 0)).all()
 
 
-def test_the_best_of_n_are_chosen_as_numpy_would():
-    found = explore()
-    drawn = np.asarray(found.draws.clusters)
-    np.testing.assert_allclose(
-        found.draw_scores, np.take_along_axis(SCORES, drawn, axis=1), atol=1e-4
-    )
-    np.testing.assert_array_equal(
-        found.clusters, choose(drawn, SCORES[np.arange(B)[:, None], drawn], 3)
-    )
+def test_exhaustive_best_of_n_is_an_argmax_over_all_allowed():
+    found = found_with(EXHAUSTIVE)
+    value = log_probabilities() + 0.5 * scores()
     for row in range(B):
-        for cluster, score in zip(found.clusters[row], found.scores[row], strict=True):
-            assert cluster == -1 or score == pytest.approx(SCORES[row, cluster], abs=1e-4)
-            assert cluster == -1 or not EXCLUDED[row, cluster]
+        allowed = set(range(M)) - LEFT_OUT[row]
+        assert drawn(found, row) == sorted(allowed)
+        assert found.clusters[row].tolist() == best(value[row], allowed, 3)
 
 
-def test_places_that_cannot_be_filled_are_marked():
-    excluded = jnp.ones((B, M), bool).at[:, 2].set(False)
-    found = explore(Batch(PROMPTS, PROMPTS, excluded, jnp.arange(B)))
-    np.testing.assert_array_equal(found.clusters, [[2, -1, -1]] * B)
-    assert np.isneginf(found.scores[:, 1:]).all()
-    np.testing.assert_allclose(found.log_probabilities[:, 0], 0.0, atol=1e-6)
+def test_soft_best_of_n_returns_the_propensities_of_its_choices():
+    found = found_with(DISTINCT)
+    for row in range(B):
+        left = {cluster: np.exp(scores()[row, cluster] / 0.7) for cluster in drawn(found, row)}
+        for cluster, propensity in zip(found.clusters[row], found.propensities[row], strict=True):
+            if cluster < 0:
+                assert not left and propensity == 0
+            else:
+                expected = left[cluster] / sum(left.values())
+                assert propensity == pytest.approx(expected, rel=1e-4)
+                del left[cluster]
 
 
-def test_an_answer_does_not_depend_on_the_batch_it_sits_in():
-    whole = explore()
-    for row in (0, 2):
-        pick = jnp.array([row])
-        alone = jax.tree.map(
-            lambda x, pick=pick: x[pick], Batch(PROMPTS, PROMPTS, EXCLUDED, jnp.arange(B))
-        )
-        found = explore(alone)
-        np.testing.assert_array_equal(found.draws.clusters[0], whole.draws.clusters[row])
-        np.testing.assert_allclose(found.scores[0], whole.scores[row], atol=1e-5)
+@EVERY
+def test_numbers_beside_the_clusters_are_those_of_whole_forward_passes(settings):
+    found = found_with(settings)
+    tempered = enumerated(LEFT_OUT, temperature=settings.get("temperature", 1.0))
+    for clusters, numbers, expected in (
+        (found.clusters, found.scores, scores()),
+        (found.clusters, found.log_probabilities, log_probabilities()),
+        (found.draws.clusters, found.draw_scores, scores()),
+        (found.draws.clusters, found.draws.log_probabilities, log_probabilities()),
+        (found.draws.clusters, found.draws.tempered, tempered),
+    ):
+        np.testing.assert_allclose(numbers, pick(expected, clusters), atol=1e-4)
 
 
-def test_eight_devices_give_what_one_gives():
-    batch = Batch(PROMPTS, PROMPTS, EXCLUDED, jnp.arange(B))
-    batch = jax.tree.map(lambda x: jnp.concatenate([x, x, x])[:8], batch)
-    one = explore(batch)
-    eight = explore(jax.device_put(batch, partitioning.batch_sharding(partitioning.make_mesh())))
-    assert len(eight.clusters.sharding.device_set) == 8
-    np.testing.assert_array_equal(one.clusters, eight.clusters)
-    np.testing.assert_allclose(one.scores, eight.scores, atol=1e-5)
+@EVERY
+def test_history_and_banned_clusters_never_appear_and_counts_are_right(settings):
+    found = found_with(settings)
+    for row in range(B):
+        missing = {*HISTORIES[row], *BANNED[row]}
+        assert missing.isdisjoint(found.draws.clusters[row].tolist())
+        assert missing.isdisjoint(found.clusters[row].tolist())
+        assert found.num_allowed[row] == M - len(missing)
+        assert found.num_distinct[row] == len(drawn(found, row))
+        if settings is DISTINCT:
+            assert found.num_distinct[row] == min(5, M - len(missing))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_samples": 0}, "num_samples is 0"),
-        ({"num_samples": 2, "num_chosen": 3}, "num_chosen is 3"),
-        ({"num_chosen": 0}, "num_chosen is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-    ],
-)
-def test_settings_out_of_range_are_named(settings, message):
-    with pytest.raises(InputError, match=f"best_of_n.BestOfN.{message}"):
-        BestOfN(**settings)
+def agree(found, other, rows):
+    """The same choices; numbers up to rounding, which differs between shapes."""
+    found, other = (jax.tree.leaves(x) for x in (jax.tree.map(lambda x: x[rows], found), other))
+    for ours, theirs in zip(found, other, strict=True):
+        if ours.dtype.kind == "i":
+            np.testing.assert_array_equal(ours, theirs)
+        else:
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_rows_come_back_in_order_from_one_program():
-    rows = {"x": np.arange(10, dtype=np.float32), "y": np.ones((10, 2), np.float32)}
-    step = jax.jit(chex.assert_max_traces(lambda r: (r["x"] * 2, r["y"].sum(axis=1)), n=1))
-    done = []
-    doubled, sums = run_in_batches(
-        step, rows, batch_size=4, progress=lambda at, total: done.append((at, total))
-    )
-    np.testing.assert_array_equal(doubled, np.arange(10) * 2)
-    np.testing.assert_array_equal(sums, np.full(10, 2.0))
-    assert done[-1] == (10, 10)
-    empty = functools.partial(run_in_batches, step, {"x": np.zeros((0,)), "y": np.zeros((0, 2))})
-    with pytest.raises(InputError, match="no history"):
-        empty(batch_size=4)
-    with pytest.raises(InputError, match="batch_size is 0"):
-        run_in_batches(step, rows, batch_size=0)
+@RANDOM
+def test_the_answer_does_not_depend_on_the_rest_of_the_batch(settings):
+    together = found_with(settings)
+    agree(together, found_with(settings), list(range(B)))  # the same key, the same answer
+    order = [3, 0, 7, 1, 6, 2, 5, 4]
+    agree(together, found_with(settings, batch=batch_of(order)), order)
+    copies = [2, 2, 2, 6, 6, 2, 2, 2]
+    agree(together, found_with(settings, batch=batch_of(copies)), copies)
+
+
+@RANDOM
+def test_neither_does_it_when_alone_and_padded_wider(settings):
+    together = found_with(settings)
+    for row in range(B):
+        agree(together, found_with(settings, batch=batch_of([row], wider=3)), [row])
+
+
+@RANDOM
+def test_another_key_draws_others(settings):
+    found, other = found_with(settings), found_with(settings, seed=8)
+    choices = [row for row in range(B) if found.num_allowed[row] > 1]
+    changed = found.draws.clusters[choices] != other.draws.clusters[choices]
+    assert changed.any(axis=1).sum() >= len(choices) - 1
+
+
+def test_histories_have_draws_of_their_own():
+    """The same prompt with another history draws otherwise."""
+    batch = batch_of([2] * B)
+    histories = np.full_like(batch.history, -1)
+    histories[:, 0] = [-1, 0, 1, 2, 3, 4, 5, 6]
+    found = found_with(INDEPENDENT, batch=batch._replace(history=histories))
+    assert len({tuple(row) for row in found.draws.clusters.tolist()}) == B
+
+
+@EVERY
+def test_batches_of_one_shape_share_a_program(settings):
+    found_with(settings)
+    programs = explore_step._cache_size()
+    for seed in range(3):
+        found_with(settings, batch=batch_of(np.random.default_rng(seed).permutation(B)), seed=seed)
+    assert explore_step._cache_size() == programs
+
+
+def test_bfloat16_stays_close_to_float32():
+    models = {}
+    for name, model in (("novelty_model", NOVELTY), ("alignment_model", ALIGNMENT)):
+        models[name] = type(model)(dataclasses.replace(model.config, dtype="bfloat16"))
+    prefixes = Prefixes(*(prefix_of(model) for model in models.values()))
+    assert prefixes.novelty.keys.dtype == "bfloat16"
+    found = found_with(DISTINCT, prefixes=prefixes, **models)
+    for row in range(B):
+        count = min(5, M - len(LEFT_OUT[row]))
+        assert (found.draws.clusters[row] >= 0).sum() == found.num_distinct[row] == count
+        assert LEFT_OUT[row].isdisjoint(drawn(found, row))
+    for numbers, clusters, expected, tolerance in (
+        (found.draws.log_probabilities, found.draws.clusters, log_probabilities(), 0.1),
+        (found.draw_scores, found.draws.clusters, scores(), 0.1),
+        (found.scores, found.clusters, scores(), 0.1),
+    ):
+        assert numbers.dtype == np.float32
+        np.testing.assert_allclose(numbers, pick(expected, clusters), atol=tolerance)

@@ -79,6 +79,7 @@ def batches_of(folder, vocabulary, count=40, **options):
         "batch_size": 8,
         "max_length": 40,
         "longest_description": longest_description(vocabulary),
+        "prefix_length": len(vocabulary.prefix),
         "num_clusters": 4,
     }
     return seqio_tasks.Batches(task, "train", **{**settings, **options})
@@ -93,7 +94,10 @@ def test_batches_hold_what_inference_will_see(tmp_path, vocabulary):
             length, split = batch["lengths"][place], batch["prompt_lengths"][place]
             tokens = batch["tokens"][place]
             prompt, lengths = vocabulary.encode_prompts([example.inputs], 100)
-            assert tokens[:split].tolist() == prompt[0, : lengths[0]].tolist()
+            assert tokens[:split].tolist() == [
+                *vocabulary.prefix,
+                *prompt[0, : lengths[0]].tolist(),
+            ]
             assert tokens[split:length].tolist() == vocabulary.encode_description(example.targets)
             assert (tokens[length:] == PAD_ID).all()
             assert np.flatnonzero(batch["seen"][place]).tolist() == sorted(set(example.seen))
@@ -109,14 +113,15 @@ def test_the_last_batch_is_filled_with_weightless_examples(tmp_path, vocabulary)
 
 
 def test_a_long_prompt_loses_its_oldest_tokens(tmp_path, vocabulary):
-    room = 2
+    room = len(vocabulary.prefix) + 1
     rows = some_examples(40)
     length = longest_description(vocabulary) + room
     for batch in batches_of(tmp_path, vocabulary, max_length=length):
         ids, splits = batch["example_id"], batch["prompt_lengths"]
         for index, tokens, split in zip(ids, batch["tokens"], splits, strict=True):
             asked, lengths = vocabulary.encode_prompts([rows[index].inputs], room)
-            assert tokens[:split].tolist() == asked[0, : lengths[0]].tolist()
+            assert tokens[:split].tolist() == [*vocabulary.prefix, *asked[0, : lengths[0]].tolist()]
+            assert split == room
 
 
 def test_a_description_that_leaves_no_room_is_an_error(tmp_path, vocabulary):

@@ -1,0 +1,260 @@
+"""The door to the compiled step: what goes in is checked on the host and padded to a few shapes.
+
+Nothing is wrong any more once a program runs, so all errors are raised here, in words.
+"""
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from recexplore.errors import InputError
+from recexplore.inference.best_of_n import Batch, BestOfN, Exploration, Prefixes, explore_step
+from recexplore.inference.context import Prompts, prefix_cache
+from recexplore.inference.exhaustive import Tree, build_tree
+from recexplore.models.trie import Trie
+
+
+class Model(NamedTuple):
+    """A network and its parameters."""
+
+    network: nn.Module
+    params: Any
+
+
+class Ready:
+    """A pair of models that has been checked, with what they begin every prompt with read already.
+
+    Args:
+      novelty: proposes; a Transformer.
+      alignment: scores; a RewardModel.
+      prefixes: what the prompts of each begin with: (novelty's tokens, alignment's tokens).
+      trie: the descriptions, in numpy.
+
+    Raises:
+      InputError: parameters of another network or with values that are no numbers, a vocabulary
+        that the trie doesn't fit, an empty prefix, or no room for a prompt.
+    """
+
+    def __init__(
+        self, novelty: Model, alignment: Model, prefixes: tuple[list[int], list[int]], trie: Trie
+    ):
+        for name, model, prefix in zip(
+            ("novelty", "alignment"), (novelty, alignment), prefixes, strict=True
+        ):
+            _check_parameters(name, model)
+            _check_room(name, model, prefix, trie)
+        self._models = (novelty, alignment)
+        self._trie = trie
+        self._on_device: Trie = jax.device_put(trie)
+        self._prefixes = Prefixes(
+            *(
+                prefix_cache(model.network, model.params, jnp.asarray(prefix, jnp.int32))
+                for model, prefix in zip(self._models, prefixes, strict=True)
+            )
+        )
+
+    @functools.cached_property
+    def _tree(self) -> Tree:
+        return jax.device_put(build_tree(self._trie))
+
+    def explore(self, batch: Batch, key: Key[Array, ""], settings: BestOfN) -> Exploration:
+        """Checks, pads and explores a batch of any size.
+
+        Args:
+          batch: numpy arrays.
+          key: same key and history, same answer.
+          settings: n, k and how to draw and choose.
+
+        Raises:
+          InputError: see `check`.
+        """
+        self.check(batch)
+        rows = len(batch.history)
+        found = self.launch(pad_rows(pad_columns(batch)), key, settings)
+        return jax.tree.map(lambda x: x[:rows], found)
+
+    def launch(self, batch: Batch, key: Key[Array, ""], settings: BestOfN) -> Exploration:
+        """Explores a batch that was checked; device arrays in it are given away to the program."""
+        novelty, alignment = self._models
+        with warnings.catch_warnings():
+            # Results of other shapes can't take the batch's place; it is given up all the same.
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            return _launch(
+                jax.device_put(batch),
+                novelty.params,
+                alignment.params,
+                self._prefixes,
+                self._on_device,
+                key=key,
+                settings=settings,
+                novelty_model=novelty.network,
+                alignment_model=alignment.network,
+                tree=self._tree if settings.sampler == "exhaustive" else None,
+            )
+
+    def check(self, batch: Batch) -> None:
+        """Checks a batch of numpy arrays.
+
+        Raises:
+          InputError: no history, arrays that don't belong together, a prompt that is empty, doesn't
+            fit the model's context or has a token outside the vocabulary, a cluster that doesn't
+            exist, or a history that leaves none to propose.
+        """
+        rows = sorted({len(array) for array in jax.tree.leaves(batch)})
+        if len(rows) > 1:
+            raise InputError(f"The arrays of a batch have {rows} rows; all must have as many.")
+        if not rows[0]:
+            raise InputError("There is no history to explore: the batch has no rows.")
+        prefixes = (self._prefixes.novelty, self._prefixes.alignment)
+        for name, model, prefix, prompts in zip(
+            ("novelty", "alignment"),
+            self._models,
+            prefixes,
+            (batch.novelty, batch.alignment),
+            strict=True,
+        ):
+            room = model.network.config.max_length - self._trie.max_length
+            room -= len(prefix.positions)
+            _check_prompts(name, prompts, room, model.network.config.vocab_size)
+        _check_clusters(batch, self._trie.num_sequences)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("settings", "novelty_model", "alignment_model"),
+    donate_argnames=("batch",),
+)
+def _launch(batch, novelty_params, alignment_params, prefixes, trie, **how) -> Exploration:
+    return explore_step(novelty_params, alignment_params, prefixes, trie, batch, **how)
+
+
+def bucket(size: int) -> int:
+    """The power of two that a size is padded to.
+
+    >>> [bucket(size) for size in (0, 1, 3, 4, 5)]
+    [1, 1, 4, 4, 8]
+    """
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def pad_columns(batch: Batch) -> Batch:
+    """Pads prompts, histories and banned clusters to buckets, which changes no answer."""
+
+    def wide(array, fill):
+        missing = bucket(array.shape[1]) - array.shape[1]
+        return np.pad(array, ((0, 0), (0, missing)), constant_values=fill)
+
+    return Batch(
+        *(Prompts(wide(p.tokens, 0), p.lengths) for p in (batch.novelty, batch.alignment)),
+        history=wide(batch.history, -1),
+        banned=wide(batch.banned, -1),
+    )
+
+
+def pad_rows(batch: Batch) -> Batch:
+    """Pads the batch itself to a bucket, with copies of its last row."""
+    rows = len(batch.history)
+    index = np.minimum(np.arange(bucket(rows)), rows - 1)
+    return jax.tree.map(lambda array: array[index], batch)
+
+
+def _check_parameters(name: str, model: Model) -> None:
+    def initialize():
+        tokens = jnp.ones((1, 2), jnp.int32)
+        return model.network.init(jax.random.key(0), tokens, method="prefill")
+
+    wanted = _shapes(nn.unbox(jax.eval_shape(initialize)))
+    found = _shapes(model.params)
+    for path in sorted(wanted.keys() | found.keys()):
+        if wanted.get(path) != found.get(path):
+            raise InputError(
+                f"The {name} model's parameters are not those of its configuration: {path} is "
+                f"{found.get(path, 'missing')}, but {wanted.get(path, 'nothing')} is expected. "
+                "Load the checkpoint with the configuration it was trained with."
+            )
+    wrong = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
+        if not jnp.all(jnp.isfinite(leaf))
+    ]
+    if wrong:
+        raise InputError(
+            f"The {name} model's parameter {wrong[0]} has values that are not finite numbers. "
+            "Its training has diverged: take an earlier checkpoint."
+        )
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _check_room(name: str, model: Model, prefix: list[int], trie: Trie) -> None:
+    config = model.network.config
+    _check_tokens(name, np.asarray([prefix]), config.vocab_size)
+    if trie.sequences.max() >= config.vocab_size:
+        raise InputError(
+            f"A description has token {trie.sequences.max()}, outside the vocabulary of the {name} "
+            f"model, 1..{config.vocab_size - 1}. Make the trie and the models from the same one."
+        )
+    if not len(prefix):
+        raise InputError(
+            f"The {name} model's prefix is empty; it must have at least one token, which all "
+            "prompts begin with."
+        )
+    if len(prefix) + trie.max_length >= config.max_length:
+        raise InputError(
+            f"The {name} model's context of {config.max_length} tokens "
+            f"(transformer.TransformerConfig.max_length) has no room for a prompt beside a prefix "
+            f"of {len(prefix)} and a description of {trie.max_length}."
+        )
+
+
+def _check_prompts(name: str, prompts: Prompts, room: int, vocab_size: int) -> None:
+    shortest, longest = prompts.lengths.min(), prompts.lengths.max()
+    if shortest < 1 or longest > prompts.tokens.shape[1]:
+        raise InputError(
+            f"The {name} prompts have lengths {shortest}..{longest}; they must lie in "
+            f"1..{prompts.tokens.shape[1]}, the tokens given."
+        )
+    if longest > room:
+        raise InputError(
+            f"The {name} prompt of row {int(prompts.lengths.argmax())} has {longest} tokens after "
+            f"the prefix; the model's context has room for {room}. Give it a shorter history."
+        )
+    real = np.arange(prompts.tokens.shape[1])[None, :] < prompts.lengths[:, None]
+    _check_tokens(name, np.where(real, prompts.tokens, 1), vocab_size)
+
+
+def _check_tokens(name: str, tokens: np.ndarray, vocab_size: int) -> None:
+    wrong = tokens[(tokens < 1) | (tokens >= vocab_size)]
+    if len(wrong):
+        raise InputError(
+            f"A {name} prompt has token {wrong[0]}, outside the vocabulary's 1..{vocab_size - 1}."
+        )
+
+
+def _check_clusters(batch: Batch, num_clusters: int) -> None:
+    left_out = np.concatenate([batch.history, batch.banned], axis=1)
+    wrong = np.argwhere((left_out < -1) | (left_out >= num_clusters))
+    if len(wrong):
+        row, column = wrong[0]
+        raise InputError(
+            f"Row {row} names cluster {left_out[row, column]} in its history or among the banned "
+            f"ones; there are 0..{num_clusters - 1} (and -1 for none)."
+        )
+    ordered = np.sort(left_out, axis=1)
+    new = np.diff(ordered, axis=1, prepend=-1) != 0
+    full = np.flatnonzero((new & (ordered >= 0)).sum(axis=1) == num_clusters)
+    if len(full):
+        history = [int(c) for c in batch.history[full[0]] if c >= 0]
+        raise InputError(
+            f"Row {full[0]}, history {history}, leaves no cluster to propose: all {num_clusters} "
+            "are in it or banned. Ban fewer."
+        )
