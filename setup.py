@@ -60,7 +60,7 @@ setup(
     ],
     extras_require={
         "test": _TEST,
-        "bench": ["psutil>=6.0"],
+        "bench": ["torch>=2.6", "transformers>=5.0"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
     },

@@ -25,6 +25,7 @@ LABELS = {
 }
 STEADY = 1.5  # slowest round over fastest
 STYLES = {"hierarchy": "-", "deep": "--"}
+MARKERS = {"hierarchy": "o", "deep": "s"}
 
 
 def machine_lines(machine: dict) -> str:
@@ -89,12 +90,13 @@ def summary(machine: dict, rows: list[dict]) -> str:
     lines = []
     for row in rows:
         where = f"B={row['batch']} n={row['samples']}"
-        if row["length"] != 8 or row["clusters"] != "hierarchy":
-            where += f" T={row['length']} {row['clusters']}"
+        usual = row["length"] == 8 and row["clusters"] == "hierarchy"
         for theirs in BASELINES:
             ratio = row["ratios"].get(f"independent / {theirs}")
-            if ratio is not None and row["samples"] >= 16:
-                lines.append(f"ratio {theirs} {where} {ratio:.1f}")
+            if ratio is None or row["samples"] < 16:
+                continue
+            other = f"independent / {theirs} {where} T={row['length']} {row['clusters']}: "
+            lines.append((f"ratio {theirs} {where} " if usual else other) + f"{ratio:.1f}")
     lines += _growth(rows)
     for share in machine.get("masking and selection", []):
         where = f"B={share['batch']} n={share['samples']} T={share['length']}"
@@ -137,8 +139,9 @@ def _unsteady(rows: list[dict]) -> list[str]:
     if spread[worst] < STEADY:
         return []
     return [
-        f"WARNING: rounds of {worst} differ by a factor of {spread[worst]:.1f}. Something else runs "
-        "on this machine; threads that wait for each other suffer most. Don't trust the ratios."
+        f"WARNING: rounds of {worst} differ by a factor of {spread[worst]:.1f}. "
+        "Something else runs on this machine, and threads that wait for each other suffer most: "
+        "don't trust the ratios."
     ]
 
 
@@ -179,7 +182,9 @@ def plot(path: Path, rows: list[dict]) -> None:
         axis.set(title=title, xlabel=label)
     axes[0][0].set_ylabel("decisions per second")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(3, len(panels)), frameon=False
+    )
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -196,13 +201,17 @@ def _panel(axis, field: str, rows: list[dict]) -> None:
                 [row[field] for row in chosen],
                 [row["decisions"][method] for row in chosen],
                 STYLES[shape],
-                marker="o",
-                markersize=4,
+                marker=MARKERS[shape],
+                markersize=8 if method == "independent" else 4,  # both can be seen where they meet
+                fillstyle="none" if method == "independent" else "full",
+                linewidth=3 if method == "independent" else 1.5,
                 color=COLOURS[method],
                 label=LABELS[method] if theirs else f"{LABELS[method]}, {shape}",
             )
     axis.set(xscale="log", yscale="log")
-    axis.set_xticks(sorted({row[field] for row in rows}))
+    ticks = sorted({row[field] for row in rows})
+    axis.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
+    axis.set_xticks(ticks)
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.yaxis.set_major_formatter("{x:g}")
