@@ -4,6 +4,7 @@ Between the stages and the compiled steps: it puts histories into words and word
 hands the arrays to recexplore.inference. No TensorFlow is imported, so it starts quickly.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,15 @@ class Explorer:
         self._batch_size = batch_size
         self._trie = description_trie(vocabulary, descriptions)
         self._on_device = jax.device_put(self._trie)
-        self._tree = jax.device_put(exhaustive.build_tree(self._trie))
 
     @property
     def num_clusters(self) -> int:
         """M."""
         return len(self._descriptions)
+
+    @functools.cached_property
+    def _tree(self) -> exhaustive.Tree:
+        return jax.device_put(exhaustive.build_tree(self._trie))
 
     def explore(
         self,

@@ -457,7 +457,10 @@ def explore(
     table = ExplorationTable.build(histories, found.clusters, found.scores, found.log_probabilities)
     with artifacts.new_folder(work / EXPLORATION) as folder:
         table.write(folder / "exploration_table.parquet")
-    progress.say(f"  {len(histories)} histories, {settings.num_samples} proposals each")
+    progress.say(
+        f"  {len(histories):,} histories; for each on average {found.num_distinct.mean():.1f} "
+        f"different clusters proposed, of {found.num_allowed.mean():.1f} that could be"
+    )
 
 
 def _load_explorer(work: Path, names: Sequence[str], batch_size: int):

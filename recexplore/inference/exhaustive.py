@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from recexplore.errors import InputError
 from recexplore.inference.context import Context
 from recexplore.inference.sampler import Draws
 from recexplore.models.attention import Segment
@@ -23,6 +24,7 @@ from recexplore.models.trie import ROOT, Trie, num_allowed_below
 
 _IMPOSSIBLE = -1e30
 _GROUP = 64  # tails that are run together
+_LARGEST_TRUNK = 16_384
 
 
 class Trunk(NamedTuple):
@@ -69,9 +71,19 @@ class Tree(NamedTuple):
 
 
 def build_tree(trie: Trie) -> Tree:
-    """Lays a trie out, in numpy."""
+    """Lays a trie out, in numpy.
+
+    Raises:
+      InputError: the trunk is too large for a mask of all pairs of its nodes.
+    """
     parents, num_children = np.asarray(trie.parents), np.asarray(trie.num_children)
     nodes = np.flatnonzero(num_children > 0)[1:] if len(parents) > 1 else np.array([], int)
+    if len(nodes) > _LARGEST_TRUNK:
+        raise InputError(
+            f"The {trie.num_sequences:,} descriptions share {len(nodes):,} beginnings; up to "
+            f"{_LARGEST_TRUNK:,} can be run through a model at once. Sample with "
+            "selection.BestOfN.sampler = 'distinct' instead."
+        )
     place = np.full(len(parents), -1)
     place[nodes] = np.arange(len(nodes))
     depths = np.zeros(len(parents), np.int32)

@@ -22,6 +22,7 @@ from small_pair import (
     whole_scores,
 )
 
+from recexplore.errors import InputError
 from recexplore.inference import exhaustive
 from recexplore.models.trie import build_trie, exclude
 
@@ -92,3 +93,10 @@ def test_trunk_and_tails_spell_every_description(shape, monkeypatch):
         tail = tails.tokens[group, row, : tails.lengths[group, row]]
         spelled[tails.clusters[group, row]] = trie.tokens[trunk.nodes[leading]].tolist() + [*tail]
     assert [spelled[cluster] for cluster in range(len(SHAPES[shape]))] == SHAPES[shape]
+
+
+def test_a_trunk_that_is_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr(exhaustive, "_LARGEST_TRUNK", 1)
+    deep = build_trie([[2, 3, 4, EOS], [2, 3, 5, EOS], [6, 7, EOS], [6, 8, EOS]], EOS, 12)
+    with pytest.raises(InputError, match="4 descriptions share 3 beginnings; up to 1 "):
+        exhaustive.build_tree(deep)
