@@ -20,13 +20,16 @@ from recexplore.inference import exhaustive
 from recexplore.inference.best_of_n import Batch, BestOfN, Exploration
 from recexplore.inference.bulk import run_in_batches
 from recexplore.inference.context import Prompts, prefix_cache, read_prompts
-from recexplore.inference.launch import Model, Ready, bucket, pad_columns
+from recexplore.inference.launch import Model, Ready, bucket, check_model, pad_columns
 from recexplore.models import saved
+from recexplore.models.reward_model import RewardModel
+from recexplore.models.transformer import Transformer
 from recexplore.models.trie import Trie, build_trie, exclude_mask
 from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
 from recexplore.tasks.vocabulary import EOS_ID, UNKNOWN_ID, Vocabulary
 
 NETWORK = "network.json"
+_PAIRS_AT_ONCE = 1 << 25  # of nodes of the exhaustive trunk, over a batch
 History = Sequence[int]
 
 
@@ -91,7 +94,7 @@ class Explorer:
         novelty: Model,
         alignment: Model,
         histories: Sequence[History],
-        banned: Bool[np.ndarray, "B M"],
+        banned: Sequence[Sequence[int]],
         settings: BestOfN,
         seed: int,
         progress: Callable[..., None],
@@ -102,9 +105,9 @@ class Explorer:
           novelty: proposes.
           alignment: scores.
           histories: B histories of cluster ids, oldest first.
-          banned: clusters not to propose, besides the history's own.
+          banned: for each history, clusters not to propose besides its own.
           settings: n, k and how to draw and choose.
-          seed: of the draws, which depend on it and the history alone.
+          seed: of the draws; same seed, history and banned clusters, same answer.
           progress: called as progress(histories done, all).
 
         Returns:
@@ -114,21 +117,22 @@ class Explorer:
           InputError: a history that excludes all clusters, or another that can't be explored; see
             `launch.Ready`.
         """
-        self.clusters_of(histories)  # they exist
+        self._check_exist(histories)
         prefix = self._vocabulary.prefix
         ready = Ready(novelty, alignment, (prefix, prefix), self._trie)
         batch = Batch(
             self._prompts(novelty_prompt, histories, novelty),
             self._prompts(alignment_prompt, histories, alignment),
             _padded(histories),
-            _padded([np.flatnonzero(row) for row in banned]),
+            _padded(banned),
         )
         ready.check(batch)
         key = jax.random.key(seed)
+        rows = self._batch_size if settings.sampler != "exhaustive" else self._rows_at_once()
         return run_in_batches(
             lambda rows: ready.launch(rows, key, settings),
             pad_columns(batch),
-            batch_size=min(self._batch_size, bucket(len(histories))),
+            batch_size=min(rows, bucket(len(histories))),
             progress=progress,
         )
 
@@ -159,6 +163,8 @@ class Explorer:
                 out_axes=1,
             )(excluded)
 
+        self._check_exist(histories)
+        check_model("novelty", novelty, Transformer, self._vocabulary.prefix, self._trie)
         rows = (self._prompts(novelty_prompt, histories, novelty), excluded)
         return self._in_batches(step, novelty, rows, progress)
 
@@ -172,24 +178,24 @@ class Explorer:
             context = read_prompts(alignment.network, params, prefix, prompts)
             return exhaustive.all_scores(alignment.network, params, trie, tree, context)
 
+        self._check_exist(histories)
+        check_model("alignment", alignment, RewardModel, self._vocabulary.prefix, self._trie)
         rows = self._prompts(alignment_prompt, histories, alignment)
         return self._in_batches(step, alignment, rows, progress)
 
-    def clusters_of(self, lists: Sequence[History]) -> Bool[np.ndarray, "B M"]:
-        """Which clusters stand in each list, as a mask.
+    def _rows_at_once(self) -> int:
+        """Histories whose exhaustive trunks fit in memory together."""
+        pairs = max(self._tree.trunk.ancestors.size, 1)
+        return max(1, min(self._batch_size, _PAIRS_AT_ONCE // pairs))
 
-        Raises:
-          InputError: a cluster that doesn't exist.
-        """
-        mask = np.zeros((len(lists), len(self._descriptions)), bool)
-        for row, clusters in zip(mask, lists, strict=True):
-            if any(not 0 <= cluster < len(row) for cluster in clusters):
+    def _check_exist(self, histories: Sequence[History]) -> None:
+        count = self.num_clusters
+        for history in histories:
+            if any(not 0 <= cluster < count for cluster in history):
                 raise InputError(
-                    f"History {list(clusters)} names a cluster that doesn't exist; there are "
-                    f"0..{len(row) - 1}."
+                    f"History {list(history)} names a cluster that doesn't exist; there are "
+                    f"0..{count - 1}."
                 )
-            row[list(clusters)] = True
-        return mask
 
     def _in_batches(self, step: Callable[..., Any], model: Model, rows: Any, progress) -> Any:
         prefix = prefix_cache(
@@ -198,7 +204,7 @@ class Explorer:
         return run_in_batches(
             lambda some: step(model.params, prefix, self._on_device, self._tree, some),
             rows,
-            batch_size=self._batch_size,
+            batch_size=self._rows_at_once(),
             progress=progress,
         )
 

@@ -449,7 +449,7 @@ def explore(
             models[NOVELTY],
             models[ALIGNMENT],
             histories,
-            explorer.clusters_of([()] * len(histories)),
+            [()] * len(histories),
             settings,
             seed,
             update,
@@ -521,6 +521,12 @@ def evaluate(
         raise InputError(
             f"evaluate/selection.BestOfN.num_chosen is {settings.num_chosen}; recall@10 needs 10."
         )
+    if settings.sampler == "exhaustive":
+        raise InputError(
+            "evaluate/selection.BestOfN.sampler is 'exhaustive'; evaluation looks at how quality "
+            "grows with n, so it needs draws: bind 'independent' or 'distinct' for evaluate. The "
+            "models over all clusters are evaluated anyway."
+        )
     explorer, models = _load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
     size = explorer.num_clusters
     transitions = artifacts.read_table(
@@ -548,7 +554,7 @@ def evaluate(
                 models[NOVELTY],
                 models[ALIGNMENT],
                 histories,
-                excluded[:, place],
+                [np.flatnonzero(row) for row in excluded[:, place]],
                 settings,
                 seed,
                 update,

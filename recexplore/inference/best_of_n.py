@@ -106,25 +106,12 @@ def explore_step(
       alignment_model: scores.
       tree: of `exhaustive.build_tree`, which the exhaustive sampler needs and no other.
     """
-    keys = _keys_of_histories(key, batch.history)
     excluded = exclude(trie, jnp.concatenate([batch.history, batch.banned], axis=1))
     with jax.named_scope("read"):
         novelty = read_prompts(novelty_model, novelty_params, prefixes.novelty, batch.novelty)
         alignment = read_prompts(
             alignment_model, alignment_params, prefixes.alignment, batch.alignment
         )
-    propose = functools.partial(
-        sample,
-        novelty_model,
-        novelty_params,
-        trie,
-        novelty,
-        excluded,
-        _fold_in(keys, _DRAWING),
-        settings.num_samples,
-        settings.temperature,
-    )
-    score = functools.partial(score_each, alignment_model, alignment_params, trie, alignment)
     if settings.sampler == "exhaustive":
         draws = all_clusters(
             novelty_model, novelty_params, trie, tree, novelty, excluded, settings.temperature
@@ -133,11 +120,25 @@ def explore_step(
         candidates = Candidates(draws.clusters, scores, draws.log_probabilities)
     else:
         with jax.named_scope("propose"):
-            draws = propose(distinct=settings.sampler == "distinct")
+            draws = sample(
+                novelty_model,
+                novelty_params,
+                trie,
+                novelty,
+                excluded,
+                _keys_of_histories(jax.random.fold_in(key, _DRAWING), batch.history),
+                settings.num_samples,
+                settings.temperature,
+                distinct=settings.sampler == "distinct",
+            )
         with jax.named_scope("score"):
+            score = functools.partial(
+                score_each, alignment_model, alignment_params, trie, alignment
+            )
             candidates, scores = _score_once(draws, trie.num_sequences, score)
     with jax.named_scope("choose"):
-        selection = select(settings, candidates, _fold_in(keys, _CHOOSING))
+        keys = _keys_of_histories(jax.random.fold_in(key, _CHOOSING), batch.history)
+        selection = select(settings, candidates, keys)
     return Exploration(
         *selection,
         draws=draws,
@@ -154,10 +155,6 @@ def _keys_of_histories(key: Key[Array, ""], history: Int[Array, "B K"]) -> Key[A
         return jnp.where(cluster < 0, key, jax.random.fold_in(key, cluster)), None
 
     return jax.vmap(lambda clusters: jax.lax.scan(fold, key, clusters)[0])(history)
-
-
-def _fold_in(keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 
 def _score_once(

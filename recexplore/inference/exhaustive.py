@@ -24,7 +24,7 @@ from recexplore.models.trie import ROOT, Trie, num_allowed_below
 
 _IMPOSSIBLE = -1e30
 _GROUP = 64  # tails that are run together
-_LARGEST_TRUNK = 16_384
+_LARGEST_TRUNK = 8_192
 
 
 class Trunk(NamedTuple):

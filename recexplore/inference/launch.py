@@ -4,7 +4,7 @@ Nothing is wrong any more once a program runs, so all errors are raised here, in
 """
 
 import functools
-import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +17,8 @@ from recexplore.errors import InputError
 from recexplore.inference.best_of_n import Batch, BestOfN, Exploration, Prefixes, explore_step
 from recexplore.inference.context import Prompts, prefix_cache
 from recexplore.inference.exhaustive import Tree, build_tree
+from recexplore.models.reward_model import RewardModel
+from recexplore.models.transformer import Transformer
 from recexplore.models.trie import Trie
 
 
@@ -35,20 +37,26 @@ class Ready:
       alignment: scores; a RewardModel.
       prefixes: what the prompts of each begin with: (novelty's tokens, alignment's tokens).
       trie: the descriptions, in numpy.
+      batch_sharding: of a batch's rows, where there are several devices; the parameters may be
+        sharded as well.
 
     Raises:
-      InputError: parameters of another network or with values that are no numbers, a vocabulary
-        that the trie doesn't fit, an empty prefix, or no room for a prompt.
+      InputError: networks of the wrong kind, parameters of another network or with values that are
+        no numbers, a vocabulary that the trie doesn't fit, an empty prefix, or no room for a
+        prompt.
     """
 
     def __init__(
-        self, novelty: Model, alignment: Model, prefixes: tuple[list[int], list[int]], trie: Trie
+        self,
+        novelty: Model,
+        alignment: Model,
+        prefixes: tuple[Sequence[int], Sequence[int]],
+        trie: Trie,
+        batch_sharding: jax.sharding.Sharding | None = None,
     ):
-        for name, model, prefix in zip(
-            ("novelty", "alignment"), (novelty, alignment), prefixes, strict=True
-        ):
-            _check_parameters(name, model)
-            _check_room(name, model, prefix, trie)
+        check_model("novelty", novelty, Transformer, prefixes[0], trie)
+        check_model("alignment", alignment, RewardModel, prefixes[1], trie)
+        self._batch_sharding = batch_sharding
         self._models = (novelty, alignment)
         self._trie = trie
         self._on_device: Trie = jax.device_put(trie)
@@ -76,27 +84,25 @@ class Ready:
         """
         self.check(batch)
         rows = len(batch.history)
-        found = self.launch(pad_rows(pad_columns(batch)), key, settings)
+        shares = 1 if self._batch_sharding is None else self._batch_sharding.num_devices
+        found = self.launch(pad_rows(pad_columns(batch), shares), key, settings)
         return jax.tree.map(lambda x: x[:rows], found)
 
     def launch(self, batch: Batch, key: Key[Array, ""], settings: BestOfN) -> Exploration:
-        """Explores a batch that was checked; device arrays in it are given away to the program."""
+        """Explores a batch that was checked; its arrays may be on the device already."""
         novelty, alignment = self._models
-        with warnings.catch_warnings():
-            # Results of other shapes can't take the batch's place; it is given up all the same.
-            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-            return _launch(
-                jax.device_put(batch),
-                novelty.params,
-                alignment.params,
-                self._prefixes,
-                self._on_device,
-                key=key,
-                settings=settings,
-                novelty_model=novelty.network,
-                alignment_model=alignment.network,
-                tree=self._tree if settings.sampler == "exhaustive" else None,
-            )
+        return explore_step(
+            novelty.params,
+            alignment.params,
+            self._prefixes,
+            self._on_device,
+            jax.device_put(batch, self._batch_sharding),
+            key,
+            settings=settings,
+            novelty_model=novelty.network,
+            alignment_model=alignment.network,
+            tree=self._tree if settings.sampler == "exhaustive" else None,
+        )
 
     def check(self, batch: Batch) -> None:
         """Checks a batch of numpy arrays.
@@ -106,6 +112,21 @@ class Ready:
             fit the model's context or has a token outside the vocabulary, a cluster that doesn't
             exist, or a history that leaves none to propose.
         """
+        arrays = {
+            "novelty tokens": (batch.novelty.tokens, 2),
+            "novelty lengths": (batch.novelty.lengths, 1),
+            "alignment tokens": (batch.alignment.tokens, 2),
+            "alignment lengths": (batch.alignment.lengths, 1),
+            "history": (batch.history, 2),
+            "banned": (batch.banned, 2),
+        }
+        for name, (array, ndim) in arrays.items():
+            if not isinstance(array, np.ndarray) or array.ndim != ndim or array.dtype.kind != "i":
+                raise InputError(
+                    f"A batch's {name} must be a numpy array of whole numbers with {ndim} "
+                    f"axes; it is {type(array).__name__} "
+                    f"{getattr(array, 'dtype', '')}{getattr(array, 'shape', '')}."
+                )
         rows = sorted({len(array) for array in jax.tree.leaves(batch)})
         if len(rows) > 1:
             raise InputError(f"The arrays of a batch have {rows} rows; all must have as many.")
@@ -123,15 +144,6 @@ class Ready:
             room -= len(prefix.positions)
             _check_prompts(name, prompts, room, model.network.config.vocab_size)
         _check_clusters(batch, self._trie.num_sequences)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("settings", "novelty_model", "alignment_model"),
-    donate_argnames=("batch",),
-)
-def _launch(batch, novelty_params, alignment_params, prefixes, trie, **how) -> Exploration:
-    return explore_step(novelty_params, alignment_params, prefixes, trie, batch, **how)
 
 
 def bucket(size: int) -> int:
@@ -157,11 +169,35 @@ def pad_columns(batch: Batch) -> Batch:
     )
 
 
-def pad_rows(batch: Batch) -> Batch:
-    """Pads the batch itself to a bucket, with copies of its last row."""
+def pad_rows(batch: Batch, shares: int = 1) -> Batch:
+    """Pads the batch itself to a bucket that can be dealt out, with copies of its last row."""
     rows = len(batch.history)
-    index = np.minimum(np.arange(bucket(rows)), rows - 1)
+    index = np.minimum(np.arange(-(-bucket(rows) // shares) * shares), rows - 1)
     return jax.tree.map(lambda array: array[index], batch)
+
+
+def check_model(
+    name: str, model: Model, kind: type[nn.Module], prefix: Sequence[int], trie: Trie
+) -> None:
+    """Checks that a model can be asked about the trie's descriptions after prompts.
+
+    Args:
+      name: what error messages call it.
+      model: the model.
+      kind: the class that its network must have.
+      prefix: tokens that all prompts begin with.
+      trie: the descriptions.
+
+    Raises:
+      InputError: see `Ready`.
+    """
+    if not isinstance(model.network, kind):
+        raise InputError(
+            f"The {name} model is a {type(model.network).__name__}; it must be a {kind.__name__}. "
+            "Are two models swapped?"
+        )
+    _check_parameters(name, model)
+    _check_room(name, model, prefix, trie)
 
 
 def _check_parameters(name: str, model: Model) -> None:
@@ -195,9 +231,9 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _check_room(name: str, model: Model, prefix: list[int], trie: Trie) -> None:
+def _check_room(name: str, model: Model, prefix: Sequence[int], trie: Trie) -> None:
     config = model.network.config
-    _check_tokens(name, np.asarray([prefix]), config.vocab_size)
+    _check_tokens(f"{name} prefix", np.asarray([prefix]), config.vocab_size)
     if trie.sequences.max() >= config.vocab_size:
         raise InputError(
             f"A description has token {trie.sequences.max()}, outside the vocabulary of the {name} "
@@ -229,14 +265,16 @@ def _check_prompts(name: str, prompts: Prompts, room: int, vocab_size: int) -> N
             f"the prefix; the model's context has room for {room}. Give it a shorter history."
         )
     real = np.arange(prompts.tokens.shape[1])[None, :] < prompts.lengths[:, None]
-    _check_tokens(name, np.where(real, prompts.tokens, 1), vocab_size)
+    _check_tokens(f"{name} prompts", np.where(real, prompts.tokens, 1), vocab_size)
 
 
 def _check_tokens(name: str, tokens: np.ndarray, vocab_size: int) -> None:
-    wrong = tokens[(tokens < 1) | (tokens >= vocab_size)]
+    wrong = np.argwhere((tokens < 1) | (tokens >= vocab_size))
     if len(wrong):
+        row, column = wrong[0]
         raise InputError(
-            f"A {name} prompt has token {wrong[0]}, outside the vocabulary's 1..{vocab_size - 1}."
+            f"Row {row} of the {name} has token {tokens[row, column]} at place {column}, outside "
+            f"the vocabulary's 1..{vocab_size - 1}."
         )
 
 
@@ -256,5 +294,5 @@ def _check_clusters(batch: Batch, num_clusters: int) -> None:
         history = [int(c) for c in batch.history[full[0]] if c >= 0]
         raise InputError(
             f"Row {full[0]}, history {history}, leaves no cluster to propose: all {num_clusters} "
-            "are in it or banned. Ban fewer."
+            "are in it or banned. Ban fewer, or leave this history out."
         )

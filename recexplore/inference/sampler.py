@@ -12,6 +12,7 @@ whose maximum is their parent's G, and the n nodes with the highest G are kept. 
 remain are a sample without replacement, in order.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -166,8 +167,8 @@ def log_inclusion(draws: Draws) -> Float[Array, "B N"]:
     exp(φ) / q(κ) is the weight of a draw in an unbiased estimate of a mean over all allowed
     sequences (Kool et al. 2019, equation 13). It is 0 beside -1, where exp(φ) is 0 too.
     """
-    above = jnp.where(draws.clusters < 0, jnp.inf, draws.tempered - draws.thresholds[:, None])
-    return _log1mexp(-jnp.exp(above))
+    tempered = jnp.where(draws.clusters < 0, jnp.inf, draws.tempered)
+    return _log1mexp(-jnp.exp(tempered - jnp.asarray(draws.thresholds)[:, None]))
 
 
 def _start(keys: Key[Array, "B"], shape: tuple[int, int], distinct: bool) -> _Paths:
@@ -175,7 +176,7 @@ def _start(keys: Key[Array, "B"], shape: tuple[int, int], distinct: bool) -> _Pa
     perturbed = jnp.zeros(shape, jnp.float32)
     if distinct:
         root_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, _NOWHERE)
-        perturbed = jnp.full(shape, -jnp.inf).at[:, 0].set(jax.vmap(jax.random.gumbel)(root_keys))
+        perturbed = jnp.full(shape, -jnp.inf).at[:, 0].set(_gumbels(root_keys, ()))
     zeros = jnp.zeros(shape, jnp.float32)
     nothing = jnp.full(shape[:1], -jnp.inf)
     return _Paths(jnp.full(shape, ROOT, jnp.int32), zeros, zeros, perturbed, nothing)
@@ -242,9 +243,10 @@ def _choices(
     logits = model.apply(params, frontier.hidden, level.alphabet, method="token_logits")
     symbols = jnp.minimum(jnp.take(trie.symbols, children), level.alphabet.shape[0] - 1)
     logits = jnp.take_along_axis(logits, symbols, axis=-1)
-    logits = jnp.where(possible, logits, _IMPOSSIBLE)
-    gains = jax.nn.log_softmax(logits)
-    tempered = gains if temperature == 1.0 else jax.nn.log_softmax(logits / temperature)
+    gains = jax.nn.log_softmax(jnp.where(possible, logits, _IMPOSSIBLE))
+    tempered = gains
+    if temperature != 1.0:
+        tempered = jax.nn.log_softmax(jnp.where(possible, logits / temperature, _IMPOSSIBLE))
     return _Choices(children, possible, gains, tempered)
 
 
@@ -252,8 +254,9 @@ def _advance_independent(trie, excluded, keys, paths: _Paths, frontier, choices)
     """Each continuation draws a child of its node, by inversion of the distribution function."""
     choosing = _has_choice(trie, excluded, paths)
     place = _find(frontier.nodes, paths.nodes)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, paths.nodes.shape[1:]))(keys)
-    slot = _invert(choices, place, uniform)
+    shape = (2, paths.nodes.shape[1])
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+    slot = _draw_child(choices, place, uniform[:, 0], uniform[:, 1])
 
     def moved(values, new):
         return jnp.where(choosing, _at(new, place, slot), values)
@@ -265,19 +268,38 @@ def _advance_independent(trie, excluded, keys, paths: _Paths, frontier, choices)
     )
 
 
-def _invert(
-    choices: _Choices, place: Int[Array, "B N"], uniform: Float[Array, "B N"]
+def _draw_child(
+    choices: _Choices,
+    place: Int[Array, "B N"],
+    for_block: Float[Array, "B N"],
+    for_slot: Float[Array, "B N"],
 ) -> Int[Array, "B N"]:
-    """Which child each continuation draws: the first possible one at which the running sum of
-    probabilities exceeds a uniform number's share of the whole."""
-    count = choices.children.shape[-1]
+    """Which child each continuation draws: first one of some √C blocks of children, then one of it.
+
+    A uniform number has 23 bits, too few to tell a million children apart; two have enough.
+    """
     mass = jnp.where(choices.possible, jnp.exp(choices.tempered), 0.0)
+    batch, frontier, count = mass.shape
+    width = math.isqrt(count - 1) + 1
+    num_blocks = -(-count // width)
+    mass = jnp.pad(mass, ((0, 0), (0, 0), (0, num_blocks * width - count)))
+    blocks = mass.reshape(batch, frontier * num_blocks, width)
+    of_blocks = blocks.sum(axis=-1).reshape(batch, frontier, num_blocks)
+    block = _invert(of_blocks, place, for_block)
+    return block * width + _invert(blocks, place * num_blocks + block, for_slot)
+
+
+def _invert(
+    mass: Float[Array, "B F C"], place: Int[Array, "B N"], uniform: Float[Array, "B N"]
+) -> Int[Array, "B N"]:
+    """The first slot with any mass at which the running sum of a row's masses exceeds a uniform
+    number's share of their total."""
+    count = mass.shape[-1]
     sums = jax.lax.cummax(jnp.cumsum(mass, axis=-1), axis=2)
     slots = jnp.arange(count)[None, None]
-    # Rounding may let the sum grow, or end, where no child is possible.
-    next_possible = jax.lax.cummin(jnp.where(choices.possible, slots, count), axis=2, reverse=True)
-    last_possible = jnp.max(jnp.where(choices.possible, slots, 0), axis=-1)
-
+    # Rounding may let the sum grow, or end, where there is no mass.
+    next_possible = jax.lax.cummin(jnp.where(mass > 0, slots, count), axis=2, reverse=True)
+    last_possible = jnp.max(jnp.where(mass > 0, slots, 0), axis=-1)
     target = uniform * _at(sums, place, jnp.full_like(place, count - 1))
     slot = jnp.minimum(_first_above(sums, place, target), count - 1)
     slot = _at(next_possible, place, slot)
@@ -317,7 +339,7 @@ def _advance_distinct(trie, excluded, keys, paths: _Paths, frontier, choices) ->
 
     tempered = of_owner(paths.tempered) + choices.tempered
     shape = choices.children.shape[1:]
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, shape))(keys)
+    noise = _gumbels(keys, shape)
     possible = choices.possible & filled[..., None]
     perturbed = _conditional_gumbels(tempered + noise, of_owner(paths.perturbed), possible)
     stay = jnp.where(choosing, -jnp.inf, paths.perturbed)
@@ -361,6 +383,10 @@ def _log1mexp(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """log(1 − exp(x)) for x ≤ 0, without cancellation (Mächler 2012)."""
     near = jnp.log(-jnp.expm1(jnp.minimum(x, -1e-30)))
     return jnp.where(x > -0.6931472, near, jnp.log1p(-jnp.exp(x)))
+
+
+def _gumbels(keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+    return jax.vmap(lambda key: jax.random.gumbel(key, shape, mode="high"))(keys)
 
 
 def _distinct_nodes(nodes: Int[Array, "B N"], level: Level) -> Int[Array, "B F"]:

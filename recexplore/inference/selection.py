@@ -12,6 +12,7 @@ go to the likelier candidate, then to the smaller cluster id.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,13 @@ class BestOfN:
 
     def __post_init__(self):
         every = self.sampler == "exhaustive"
+        for field in ("num_samples", "num_chosen"):
+            self._check(type(getattr(self, field)) is int, field, "must be a whole number")
+        for field in ("temperature", "selection_temperature", "relevance_weight"):
+            value = getattr(self, field)
+            known = isinstance(value, (int, float)) and math.isfinite(value)
+            known = known or (field == "relevance_weight" and value is None)
+            self._check(known, field, "must be a finite number")
         self._check(self.num_samples >= 1, "num_samples", "must be at least 1")
         self._check(
             1 <= self.num_chosen and (every or self.num_chosen <= self.num_samples),
@@ -53,8 +61,12 @@ class BestOfN:
             f"must lie between 1 and num_samples, {self.num_samples}",
         )
         self._check(self.sampler in SAMPLERS, "sampler", f"must be one of {', '.join(SAMPLERS)}")
-        self._check(self.temperature > 0, "temperature", "must be positive")
-        self._check(self.selection_temperature >= 0, "selection_temperature", "can't be negative")
+        self._check(1e-6 <= self.temperature <= 1e6, "temperature", "must lie in 1e-6..1e6")
+        self._check(
+            self.selection_temperature == 0 or 1e-6 <= self.selection_temperature <= 1e6,
+            "selection_temperature",
+            "must be 0 or lie in 1e-6..1e6",
+        )
 
     def _check(self, ok: bool, field: str, rule: str) -> None:
         if not ok:
@@ -104,11 +116,12 @@ def select(settings: BestOfN, candidates: Candidates, keys: Key[Array, "B"]) -> 
         propensities = jnp.ones_like(value)
     else:  # the order of perturbed logits is that of draws without replacement
         logits = value / settings.selection_temperature
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, value.shape[1:]))(keys)
+        shape = value.shape[1:]
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, shape, mode="high"))(keys)
         order = _descending(logits + noise, candidates)
         ordered = jnp.take_along_axis(logits, order, axis=1)
         left = jax.lax.cumlogsumexp(ordered, axis=1, reverse=True)
-        propensities = jnp.exp(ordered - jnp.where(jnp.isfinite(left), left, 0.0))
+        propensities = jnp.where(jnp.isfinite(ordered), jnp.exp(ordered - left), 0.0)
     order = order[:, : settings.num_chosen]
 
     def chosen(values):

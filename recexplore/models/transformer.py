@@ -295,6 +295,8 @@ class Transformer(nn.Module):
         kept = tuple(KeyValues(segment.keys, segment.values) for segment in context)
         x = jnp.take(self.token_embedder, tokens, axis=0).astype(self.config.dtype)
         x = self.dropout(x, deterministic=deterministic)
+        if read_at is not None and not deterministic:
+            raise ValueError("read_at is for inference; it has no dropout.")
         if read_at is None:
             x, own = self.layers(x, kept, self._windows(), sight, deterministic)
         else:

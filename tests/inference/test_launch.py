@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recexplore.distributed import partitioning
 from recexplore.errors import InputError
-from recexplore.inference import launch
-from recexplore.inference.best_of_n import Batch, BestOfN
+from recexplore.inference.best_of_n import Batch, BestOfN, explore_step
 from recexplore.inference.context import Prompts
 from recexplore.inference.launch import Model, Ready, bucket, pad_columns, pad_rows
 from recexplore.models.reward_model import RewardModel
@@ -75,10 +75,20 @@ def test_a_batch_of_any_size_gets_the_same_answers(ready, sampler):
 
 def test_a_stream_of_sizes_needs_a_handful_of_programs(ready):
     wide = jax.tree.map(lambda array: np.concatenate([array] * 6), batch())
-    before = launch._launch._cache_size()
+    before = explore_step._cache_size()
     for size in (9, 10, 11, 13, 15, 16):
         ready.explore(rows(wide, *range(size)), KEY, SETTINGS)
-    assert launch._launch._cache_size() - before == 1
+    assert explore_step._cache_size() - before == 1
+
+
+def test_a_batch_is_dealt_out_to_all_devices(ready):
+    mesh = partitioning.make_mesh()
+    sharded = Ready(NOVELTY, ALIGNMENT, (PREFIX, PREFIX), TRIE, partitioning.batch_sharding(mesh))
+    one, eight = (some.explore(batch(), KEY, SETTINGS) for some in (ready, sharded))
+    np.testing.assert_array_equal(one.clusters, eight.clusters)
+    np.testing.assert_allclose(one.scores, eight.scores, atol=1e-5)
+    shares = sharded.launch(pad_rows(pad_columns(batch()), 8), KEY, SETTINGS).clusters
+    assert shares.sharding.num_devices == 8 and shares.sharding.shard_shape((8, 2)) == (1, 2)
 
 
 def test_padding_keeps_what_is_there():
@@ -110,8 +120,14 @@ def prompts(tokens, lengths):
         ({"novelty": prompts([[2] * 11] * 3, [11, 1, 1])}, "row 0 has 11 tokens .* room for 10"),
         ({"alignment": prompts([[2]] * 3, [1, 0, 1])}, "lengths 0..1; they must lie in 1..1"),
         ({"alignment": prompts([[2]] * 3, [1, 2, 1])}, "lengths 1..2; they must lie in 1..1"),
-        ({"novelty": prompts([[2], [12], [3]], [1, 1, 1])}, "token 12, outside .* 1..11"),
-        ({"novelty": prompts([[2], [0], [3]], [1, 1, 1])}, "token 0, outside"),
+        (
+            {"novelty": prompts([[2], [12], [3]], [1, 1, 1])},
+            "Row 1 of the novelty prompts has token 12 at place 0, outside .* 1..11",
+        ),
+        ({"novelty": prompts([[2], [0], [3]], [1, 1, 1])}, "token 0 at place 0"),
+        ({"history": np.zeros((3, 1))}, r"history must be .* whole numbers .* float64\(3, 1\)"),
+        ({"banned": np.zeros(3, np.int32)}, r"banned must be .* 2 axes; it is .*\(3,\)"),
+        ({"novelty": prompts([[2.0]] * 3, [1, 1, 1])._replace(lengths=[1, 1, 1])}, "lengths must"),
         ({"history": np.full((3, 1), 5, np.int32)}, r"Row 0 names cluster 5 .* 0..4"),
         ({"banned": np.full((3, 1), -2, np.int32)}, "Row 0 names cluster -2"),
         (
@@ -149,13 +165,15 @@ def test_parameters_of_another_configuration_are_refused():
         Ready(NOVELTY, mixed, (PREFIX, PREFIX), TRIE)
     with pytest.raises(InputError, match="'bias'.* missing"):
         Ready(NOVELTY, Model(ALIGNMENT.network, NOVELTY.params), (PREFIX, PREFIX), TRIE)
+    with pytest.raises(InputError, match="novelty model is a RewardModel; it must be a T"):
+        Ready(ALIGNMENT, NOVELTY, (PREFIX, PREFIX), TRIE)
 
 
 @pytest.mark.parametrize(
     ("prefix", "trie", "message"),
     [
         ([], TRIE, "novelty model's prefix is empty"),
-        ([3, 12], TRIE, "token 12, outside"),
+        ([3, 12], TRIE, "Row 0 of the novelty prefix has token 12 at place 1"),
         ([3] * 12, TRIE, "context of 16 tokens .* no room for a prompt beside a prefix of 12"),
         ([3], build_trie([[2, EOS], [13, EOS]], EOS, 20), "A description has token 13"),
     ],

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_pair import (
+    EOS,
     LEFT_OUT,
     NOVELTY,
     NOVELTY_PARAMS,
@@ -16,6 +19,7 @@ from small_pair import (
     TRIE,
     B,
     M,
+    V,
     agrees,
     enumerated,
     novelty_context,
@@ -24,8 +28,9 @@ from small_pair import (
     prompts_of,
 )
 
+from recexplore.inference import exhaustive, sampler
 from recexplore.inference.sampler import log_inclusion, sample
-from recexplore.models.trie import exclude
+from recexplore.models.trie import build_trie, exclude
 
 ROWS = [0, 1, 2]  # six, four and all seven clusters allowed
 KEYS = 4000  # for each
@@ -177,3 +182,61 @@ def test_perturbed_log_probabilities_are_gumbels_around_the_tempered_ones():
             here = clusters == cluster
             of_cluster = draws.perturbed[row][here] - draws.tempered[row][here]
             assert scipy.stats.kstest(of_cluster, scipy.stats.gumbel_r.cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+@settings(max_examples=3, deadline=None)
+@given(data=st.data())
+def test_draws_agree_with_the_exhaustive_pass_on_any_trie(distinct, data):
+    bodies = data.draw(
+        st.lists(st.lists(st.integers(2, 4), max_size=4).map(tuple), min_size=1, unique=True)
+    )
+    trie = build_trie([[*body, EOS] for body in bodies], EOS, V)
+    tree = jax.device_put(exhaustive.build_tree(trie))
+    trie = jax.device_put(trie)
+    count, rows = len(bodies), 3
+    some = st.sets(st.integers(0, count - 1), max_size=count - 1)
+    banned = [sorted(data.draw(some)) for _ in range(rows)]
+    excluded = exclude(trie, jnp.asarray(padded(banned, count, -1)))
+    num_samples = data.draw(st.sampled_from([1, 3, count + 2]))
+    temperature = data.draw(st.sampled_from([0.05, 1.0, 3.0]))
+    context = novelty_context(prompts_of(NOVELTY_PROMPTS[:rows]))
+    keys = jax.random.split(jax.random.key(0), rows)
+    draws = sample(
+        NOVELTY, NOVELTY_PARAMS, trie, context, excluded, keys, num_samples, temperature, distinct
+    )
+    exact = exhaustive.all_clusters(
+        NOVELTY, NOVELTY_PARAMS, trie, tree, context, excluded, temperature
+    )
+    for row in range(rows):
+        drawn = np.asarray(draws.clusters[row])
+        real = drawn[drawn >= 0]
+        assert not set(real.tolist()) & set(banned[row])
+        if distinct:
+            assert (
+                len(set(real.tolist())) == len(real) == min(num_samples, count - len(banned[row]))
+            )
+        else:
+            assert len(real) == num_samples
+        for name in ("log_probabilities", "tempered"):
+            found = np.asarray(getattr(draws, name))[row][drawn >= 0]
+            wanted = np.asarray(getattr(exact, name))[row][real]
+            np.testing.assert_allclose(found, wanted, atol=2e-3, rtol=1e-4)
+
+
+def test_a_million_unlikely_children_are_told_apart():
+    """Each has a mass below the spacing of float32 near 1, where their sums would be."""
+    count, draws = 1 << 20, 1 << 21
+    mass = np.full(count, 0.01 / (count - 1), np.float32)
+    mass[0] = 0.99
+    every = jnp.arange(count)[None, None]
+    choices = sampler._Choices(
+        every, every >= 0, jnp.log(mass)[None, None], jnp.log(mass)[None, None]
+    )
+    uniforms = jax.random.uniform(jax.random.key(0), (2, 1, draws))
+    place = jnp.zeros((1, draws), jnp.int32)
+    slots = np.asarray(jax.jit(sampler._draw_child)(choices, place, *uniforms))
+    unlikely = slots[slots > 0]
+    assert len(unlikely) == pytest.approx(0.01 * draws, rel=0.03)
+    expected = count * (1 - np.exp(-len(unlikely) / count))  # different ones among so many
+    assert len(np.unique(unlikely)) == pytest.approx(expected, rel=0.01)

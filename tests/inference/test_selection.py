@@ -137,11 +137,14 @@ def test_a_soft_choice_depends_on_its_own_key_alone():
         ({"num_chosen": 0}, "num_chosen is 0"),
         ({"num_chosen": 0, "sampler": "exhaustive"}, "num_chosen is 0"),
         ({"sampler": "beam"}, "sampler is 'beam'; it must be one of independent, distinct"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must lie in 1e-6..1e6"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"selection_temperature": -0.5}, "selection_temperature is -0.5; it can't be negative"),
+        ({"selection_temperature": -0.5}, "selection_temperature is -0.5; it must be 0 or lie"),
         ({"selection_temperature": float("nan")}, "selection_temperature is nan"),
+        ({"selection_temperature": float("inf")}, "selection_temperature is inf; it must be a fin"),
+        ({"temperature": 1e-39}, "temperature is 1e-39; it must lie in"),
+        ({"relevance_weight": float("nan")}, "relevance_weight is nan; it must be a finite number"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
