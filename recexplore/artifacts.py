@@ -95,6 +95,7 @@ EXPLORATION_TABLE = pa.schema(
         ("clusters", _HISTORY),  # best first
         ("scores", pa.list_(pa.float32())),  # of the alignment model
         ("log_probabilities", pa.list_(pa.float32())),  # of the novelty model
+        ("propensities", pa.list_(pa.float32())),  # of the choice among what was proposed
     )
 )
 

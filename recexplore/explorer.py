@@ -40,11 +40,18 @@ def description_trie(vocabulary: Vocabulary, descriptions: Sequence[str]) -> Tri
       InputError: the vocabulary can't spell one, or can't tell two apart.
     """
     sequences = [vocabulary.encode_description(text) for text in descriptions]
+    spelt: dict[tuple[int, ...], str] = {}
     for text, sequence in zip(descriptions, sequences, strict=True):
         if UNKNOWN_ID in sequence:
             raise InputError(
                 f"The vocabulary {vocabulary.path} can't spell the description {text!r}. Make it "
                 "again with `recexplore tokenize`."
+            )
+        other = spelt.setdefault(tuple(sequence), text)
+        if other is not text:
+            raise InputError(
+                f"The vocabulary {vocabulary.path} can't tell the descriptions {other!r} and "
+                f"{text!r} apart. Clusters must differ in words that it knows."
             )
     return build_trie(sequences, EOS_ID, vocabulary.size)
 
@@ -66,6 +73,9 @@ def load_model(folder: Path, vocabulary: Vocabulary) -> Model:
 
 class Explorer:
     """Asks models about histories.
+
+    A history longer than a model was trained for loses its oldest clusters, as in training: the
+    alignment model reads the last K, a novelty model as many as its context holds.
 
     Args:
       vocabulary: of prompts and descriptions.

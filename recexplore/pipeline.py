@@ -428,6 +428,7 @@ def explore(
     settings: Any,
     batch_size: int = 64,
     all_histories: bool = False,
+    banned: Sequence[int] = (),
     seed: int = 0,
 ) -> None:
     """Histories → the exploration table: the k best of n clusters for each.
@@ -438,6 +439,7 @@ def explore(
       settings: a recexplore.inference.selection.BestOfN.
       batch_size: histories a call of the compiled step.
       all_histories: every ordered pair of clusters (K = 2 only), not just those in the log.
+      banned: clusters that nobody gets: unsafe, out of stock.
       seed: of the draws.
     """
     from recexplore.serving.exploration_table import ExplorationTable
@@ -449,12 +451,14 @@ def explore(
             models[NOVELTY],
             models[ALIGNMENT],
             histories,
-            [()] * len(histories),
+            [banned] * len(histories),
             settings,
             seed,
             update,
         )
-    table = ExplorationTable.build(histories, found.clusters, found.scores, found.log_probabilities)
+    table = ExplorationTable.build(
+        histories, found.clusters, found.scores, found.log_probabilities, found.propensities
+    )
     with artifacts.new_folder(work / EXPLORATION) as folder:
         table.write(folder / "exploration_table.parquet")
     progress.say(

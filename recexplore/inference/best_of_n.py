@@ -94,6 +94,8 @@ def explore_step(
 ) -> Exploration:
     """Proposes clusters for every history and keeps the k best.
 
+    Nothing is checked in a compiled program: `launch.Ready` does that before.
+
     Args:
       novelty_params: variables of the novelty model.
       alignment_params: variables of the alignment model.

@@ -165,7 +165,8 @@ def log_inclusion(draws: Draws) -> Float[Array, "B N"]:
         q(κ) = P(G > κ) = 1 − exp(−exp(φ − κ)).
 
     exp(φ) / q(κ) is the weight of a draw in an unbiased estimate of a mean over all allowed
-    sequences (Kool et al. 2019, equation 13). It is 0 beside -1, where exp(φ) is 0 too.
+    sequences (Kool et al. 2019, equation 13). It is 0 beside -1, where exp(φ) is 0 too. Independent
+    draws have no threshold: their weights in a mean are 1/n each.
     """
     tempered = jnp.where(draws.clusters < 0, jnp.inf, draws.tempered)
     return _log1mexp(-jnp.exp(tempered - jnp.asarray(draws.thresholds)[:, None]))

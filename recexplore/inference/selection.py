@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from recexplore.errors import InputError
 
+_MOST = 1 << 16  # proposals or choices for one history
 SAMPLERS = ("independent", "distinct", "exhaustive")
 
 
@@ -55,6 +56,8 @@ class BestOfN:
             known = known or (field == "relevance_weight" and value is None)
             self._check(known, field, "must be a finite number")
         self._check(self.num_samples >= 1, "num_samples", "must be at least 1")
+        for field in ("num_samples", "num_chosen"):
+            self._check(getattr(self, field) <= _MOST, field, f"must be at most {_MOST:,}")
         self._check(
             1 <= self.num_chosen and (every or self.num_chosen <= self.num_samples),
             "num_chosen",
@@ -62,6 +65,8 @@ class BestOfN:
         )
         self._check(self.sampler in SAMPLERS, "sampler", f"must be one of {', '.join(SAMPLERS)}")
         self._check(1e-6 <= self.temperature <= 1e6, "temperature", "must lie in 1e-6..1e6")
+        weight = self.relevance_weight or 0.0
+        self._check(abs(weight) <= 1e6, "relevance_weight", "must lie in -1e6..1e6")
         self._check(
             self.selection_temperature == 0 or 1e-6 <= self.selection_temperature <= 1e6,
             "selection_temperature",

@@ -15,11 +15,20 @@ _REMEDY = "Run `recexplore explore` again."
 
 
 class Exploration(NamedTuple):
-    """The clusters chosen for one history, best first, with both models' opinions."""
+    """The clusters chosen for one history, best first, with both models' opinions.
+
+    Attributes:
+      clusters: cluster ids.
+      scores: the alignment model's.
+      log_probabilities: the novelty model's.
+      propensities: with which probability each was chosen among the proposals, given those before
+        it; 1 where the choice was not randomised.
+    """
 
     clusters: list[int]
     scores: list[float]
     log_probabilities: list[float]
+    propensities: list[float]
 
 
 class ExplorationTable:
@@ -53,6 +62,7 @@ class ExplorationTable:
         clusters: Int[np.ndarray, "B k"],
         scores: Float[np.ndarray, "B k"],
         log_probabilities: Float[np.ndarray, "B k"],
+        propensities: Float[np.ndarray, "B k"],
     ) -> "ExplorationTable":
         """From the arrays of the compiled step; -1 marks places that weren't filled."""
         filled = [row >= 0 for row in clusters]
@@ -60,7 +70,8 @@ class ExplorationTable:
         def lists(values):
             return [row[kept].tolist() for row, kept in zip(values, filled, strict=True)]
 
-        columns = [list(map(list, histories)), *map(lists, (clusters, scores, log_probabilities))]
+        answers = (clusters, scores, log_probabilities, propensities)
+        columns = [list(map(list, histories)), *map(lists, answers)]
         table = pa.table(dict(zip(artifacts.EXPLORATION_TABLE.names, columns, strict=True)))
         return cls(table.cast(artifacts.EXPLORATION_TABLE))
 
@@ -88,18 +99,18 @@ class ExplorationTable:
         return iter(self._rows.items())
 
 
-def _problem(history, clusters, scores, log_probabilities) -> str | None:
+def _problem(history, clusters, scores, log_probabilities, propensities) -> str | None:
     """What is wrong with a row, if anything is."""
-    answer = (clusters, scores, log_probabilities)
+    answer = (clusters, scores, log_probabilities, propensities)
     if any(each is None or None in each for each in (history, *answer)):
         return "a value is null"
     if len(set(map(len, answer))) != 1:
         return (
             f"lists of different lengths: {len(clusters)} clusters, {len(scores)} scores, "
-            f"{len(log_probabilities)} log_probabilities"
+            f"{len(log_probabilities)} log_probabilities, {len(propensities)} propensities"
         )
     if len(set(clusters)) != len(clusters) or min((*history, *clusters), default=0) < 0:
         return f"clusters {clusters} must be distinct and, like the history, not negative"
-    if not all(map(np.isfinite, (*scores, *log_probabilities))):
-        return "scores and log_probabilities must be finite"
+    if not all(map(np.isfinite, (*scores, *log_probabilities, *propensities))):
+        return "scores, log_probabilities and propensities must be finite"
     return None

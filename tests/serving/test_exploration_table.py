@@ -17,14 +17,15 @@ def table():
         np.array([[2, 3], [4, -1]]),
         np.array([[0.5, 0.25], [1.5, -np.inf]]),
         np.array([[-1.0, -2.0], [-0.5, -np.inf]]),
+        np.array([[0.75, 1.0], [1.0, 0.0]]),
     )
 
 
 def test_a_written_table_answers_as_before(tmp_path):
     table().write(tmp_path / "t.parquet")
     read = ExplorationTable.read(tmp_path / "t.parquet")
-    assert read.look_up([0, 1]) == ([2, 3], [0.5, 0.25], [-1.0, -2.0])
-    assert read.look_up([1, 0]) == ([4], [1.5], [-0.5])
+    assert read.look_up([0, 1]) == ([2, 3], [0.5, 0.25], [-1.0, -2.0], [0.75, 1.0])
+    assert read.look_up([1, 0]) == ([4], [1.5], [-0.5], [1.0])
     assert read.look_up([2, 0]) is None and len(read) == 2
 
 
@@ -48,6 +49,7 @@ def test_its_metrics_count_what_it_shows():
 def test_damaged_tables_are_refused(tmp_path, changes, message):
     rows = {"history": [[0, 1], [1, 0]], "clusters": [[2], [3]]}
     rows |= {"scores": [[0.1], [0.2]], "log_probabilities": [[0.1], [0.2]]}
+    rows |= {"propensities": [[1.0], [1.0]]}
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({**rows, **changes}).cast(artifacts.EXPLORATION_TABLE), path)
     with pytest.raises(InputError, match=message):
