@@ -71,6 +71,10 @@ def load_model(folder: Path, vocabulary: Vocabulary) -> Model:
     return Model(network, saved.load_parameters(folder, network))
 
 
+def _silent(done: int, total: int) -> None:
+    pass
+
+
 class Explorer:
     """Asks models about histories.
 
@@ -107,7 +111,7 @@ class Explorer:
         banned: Sequence[Sequence[int]],
         settings: BestOfN,
         seed: int,
-        progress: Callable[..., None],
+        progress: Callable[..., None] = _silent,
     ) -> Exploration:
         """Best of n for every history.
 
@@ -151,7 +155,7 @@ class Explorer:
         novelty: Model,
         histories: Sequence[History],
         excluded: Bool[np.ndarray, "B X M"],
-        progress: Callable[..., None],
+        progress: Callable[..., None] = _silent,
     ) -> Float[np.ndarray, "B X M"]:
         """Exact log-probability of every cluster after each history, for X sets of exclusions.
 
@@ -179,7 +183,10 @@ class Explorer:
         return self._in_batches(step, novelty, rows, progress)
 
     def scores(
-        self, alignment: Model, histories: Sequence[History], progress: Callable[..., None]
+        self,
+        alignment: Model,
+        histories: Sequence[History],
+        progress: Callable[..., None] = _silent,
     ) -> Float[np.ndarray, "B M"]:
         """The alignment score of every cluster after each history."""
 
