@@ -130,7 +130,12 @@ def _some_explorations(table: ExplorationTable, descriptions: list[str], work: P
         ends.add(history[-1])
         chosen = [
             (descriptions[cluster], 1 / (1 + float(np.exp(-score))), log_probability)
-            for cluster, score, log_probability in zip(*exploration, strict=True)
+            for cluster, score, log_probability in zip(
+                exploration.clusters,
+                exploration.scores,
+                exploration.log_probabilities,
+                strict=True,
+            )
         ]
         shown.append(([descriptions[cluster] for cluster in history], chosen[:5]))
         if len(shown) == count:
