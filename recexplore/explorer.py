@@ -18,7 +18,7 @@ from recexplore import artifacts
 from recexplore.errors import InputError
 from recexplore.inference import exhaustive
 from recexplore.inference.best_of_n import Batch, BestOfN, Exploration
-from recexplore.inference.bulk import run_in_batches
+from recexplore.inference.bulk import run_in_batches, silent
 from recexplore.inference.context import Prompts, prefix_cache, read_prompts
 from recexplore.inference.launch import Model, Ready, bucket, check_model, pad_columns
 from recexplore.models import saved
@@ -71,10 +71,6 @@ def load_model(folder: Path, vocabulary: Vocabulary) -> Model:
     return Model(network, saved.load_parameters(folder, network))
 
 
-def _silent(done: int, total: int) -> None:
-    pass
-
-
 class Explorer:
     """Asks models about histories.
 
@@ -111,7 +107,7 @@ class Explorer:
         banned: Sequence[Sequence[int]],
         settings: BestOfN,
         seed: int,
-        progress: Callable[..., None] = _silent,
+        progress: Callable[..., None] = silent,
     ) -> Exploration:
         """Best of n for every history.
 
@@ -155,7 +151,7 @@ class Explorer:
         novelty: Model,
         histories: Sequence[History],
         excluded: Bool[np.ndarray, "B X M"],
-        progress: Callable[..., None] = _silent,
+        progress: Callable[..., None] = silent,
     ) -> Float[np.ndarray, "B X M"]:
         """Exact log-probability of every cluster after each history, for X sets of exclusions.
 
@@ -186,7 +182,7 @@ class Explorer:
         self,
         alignment: Model,
         histories: Sequence[History],
-        progress: Callable[..., None] = _silent,
+        progress: Callable[..., None] = silent,
     ) -> Float[np.ndarray, "B M"]:
         """The alignment score of every cluster after each history."""
 

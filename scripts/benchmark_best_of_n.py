@@ -31,9 +31,8 @@ import benchmark_pair as pairs
 import benchmark_report as report
 import jax
 import numpy as np
+from benchmark_report import BASELINES, SAMPLERS
 
-BASELINES = ("generate", "reuse")
-SAMPLERS = ("independent", "distinct")
 SHAPES = ("hierarchy", "deep")
 TOLERANCE = 1e-4
 QUICK = [(8, 1), (8, 16), (8, 64), (32, 16)]

@@ -24,7 +24,7 @@ from recexplore.inference.selection import BestOfN, Candidates, select
 from recexplore.models.attention import Segment
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import Transformer
-from recexplore.models.trie import ROOT, Trie, exclude, num_allowed_below
+from recexplore.models.trie import ROOT, Trie, each_once, exclude, num_allowed_below
 
 _DRAWING, _CHOOSING = 0, 1  # what a history's randomness is for
 
@@ -169,11 +169,9 @@ def _score_once(
     missing = jnp.where(draws.clusters < 0, num_clusters, draws.clusters)
     order = jnp.argsort(missing, axis=1)
     ordered = jnp.take_along_axis(missing, order, axis=1)
-    above = jnp.pad(ordered[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    first = jnp.where(ordered == above, num_clusters, ordered)
-    firsts = jnp.argsort(first, axis=1)[:, :width]
-    clusters = jnp.take_along_axis(first, firsts, axis=1)
-    which = jnp.take_along_axis(order, firsts, axis=1)
+    clusters = each_once(missing, num_clusters)[:, :width]
+    first = jnp.minimum(jax.vmap(jnp.searchsorted)(ordered, clusters), order.shape[1] - 1)
+    which = jnp.take_along_axis(order, first, axis=1)
     real = clusters < num_clusters
     scores = score(jnp.where(real, clusters, -1))
     place = jax.vmap(jnp.searchsorted)(clusters, missing)

@@ -11,8 +11,8 @@ from recexplore.errors import InputError
 Progress = Callable[..., None]
 
 
-def _silent(done: int, total: int) -> None:
-    pass
+def silent(done: int, total: int) -> None:
+    """Says nothing of the progress."""
 
 
 def run_in_batches(
@@ -20,7 +20,7 @@ def run_in_batches(
     rows: Any,
     *,
     batch_size: int,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Any:
     """Applies a compiled step to all rows.
 

@@ -18,6 +18,7 @@ from recexplore.inference.best_of_n import Batch, BestOfN, Exploration, Prefixes
 from recexplore.inference.context import Prompts, prefix_cache
 from recexplore.inference.exhaustive import Tree, build_tree
 from recexplore.models.reward_model import RewardModel
+from recexplore.models.saved import abstract_parameters
 from recexplore.models.transformer import Transformer
 from recexplore.models.trie import Trie
 
@@ -201,11 +202,7 @@ def check_model(
 
 
 def _check_parameters(name: str, model: Model) -> None:
-    def initialize():
-        tokens = jnp.ones((1, 2), jnp.int32)
-        return model.network.init(jax.random.key(0), tokens, method="prefill")
-
-    wanted = _shapes(nn.unbox(jax.eval_shape(initialize)))
+    wanted = _shapes(abstract_parameters(model.network))
     found = _shapes(model.params)
     for path in sorted(wanted.keys() | found.keys()):
         if wanted.get(path) != found.get(path):

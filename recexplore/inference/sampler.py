@@ -27,6 +27,7 @@ from recexplore.models.trie import (
     Level,
     Trie,
     children_of,
+    each_once,
     first_allowed_below,
     num_allowed_below,
 )
@@ -393,9 +394,7 @@ def _gumbels(keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B *
 def _distinct_nodes(nodes: Int[Array, "B N"], level: Level) -> Int[Array, "B F"]:
     """Each node once, ascending; there are no more than branch at this level."""
     width = min(nodes.shape[1], level.branching.shape[0])
-    ordered = jnp.sort(nodes, axis=1)
-    above = jnp.pad(ordered[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return jnp.sort(jnp.where(ordered == above, _NOWHERE, ordered), axis=1)[:, :width]
+    return each_once(nodes, _NOWHERE)[:, :width]
 
 
 def _find(ascending: Int[Array, "B F"], nodes: Int[Array, "B N"]) -> Int[Array, "B N"]:

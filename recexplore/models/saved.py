@@ -38,6 +38,15 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
         ) from error
 
 
+def abstract_parameters(model: nn.Module) -> Any:
+    """Shapes and dtypes of a network's variables."""
+
+    def initialize():
+        return model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
+
+    return nn.unbox(jax.eval_shape(initialize))
+
+
 def load_parameters(folder: Path, model: nn.Module) -> Any:
     """The best checkpoint's averaged parameters, on the default device.
 
@@ -49,12 +58,9 @@ def load_parameters(folder: Path, model: nn.Module) -> Any:
       InputError: there is no checkpoint, or it holds other shapes.
     """
 
-    def initialize():
-        return model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
-
-    abstract = nn.unbox(jax.eval_shape(initialize))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        abstract_parameters(model),
     )
     return load_best(folder / CHECKPOINTS, "average", placed)

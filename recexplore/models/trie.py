@@ -168,9 +168,14 @@ def exclude(trie: Trie, sequences: Int[Array, "B X"]) -> Int[Array, "B X"]:
     """
     count = trie.num_sequences
     ranks = jnp.take(trie.leaf_rank, jnp.clip(sequences, 0), mode="clip")
-    ranks = jnp.sort(jnp.where(sequences < 0, count, ranks), axis=1)
-    above = jnp.pad(ranks[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return jnp.sort(jnp.where(ranks == above, count, ranks), axis=1)
+    return each_once(jnp.where(sequences < 0, count, ranks), count)
+
+
+def each_once(values: Int[Array, "B X"], none: int) -> Int[Array, "B X"]:
+    """The different values of each row, ascending, and `none`, which is above all, after them."""
+    ordered = jnp.sort(values, axis=1)
+    before = jnp.pad(ordered[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return jnp.sort(jnp.where(ordered == before, none, ordered), axis=1)
 
 
 def exclude_mask(trie: Trie, excluded: Bool[Array, "B M"]) -> Int[Array, "B M"]:
