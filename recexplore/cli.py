@@ -12,13 +12,14 @@ from pathlib import Path
 import recexplore
 from recexplore import pipeline
 from recexplore.configuration import Configuration
-from recexplore.errors import InputError
+from recexplore.distributed import processes
+from recexplore.errors import InputError, Preempted
 from recexplore.progress import Progress
 from recexplore.workdir import Stage, WorkDirectory
 
 _GIN_FLAG = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_EXIT_BAD_INPUT = 2
+_EXIT_BAD_INPUT, _EXIT_PREEMPTED = 2, 143
 
 _STAGES = {
     "ingest": "read an interaction log into recexplore's schema",
@@ -50,7 +51,10 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status (2: something given to it is wrong)."""
+    """Runs the command line; returns the exit status.
+
+    2: something given to it is wrong. 143: it was told to stop (SIGTERM), and what was done is saved.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
@@ -67,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, PermissionError):
             return _fail(f"No permission for {error.filename}: {error.strerror}.")
         raise
+    except Preempted as preempted:
+        return _fail(f"{preempted} Run the same command again to go on.", _EXIT_PREEMPTED)
     except KeyboardInterrupt:
         return _fail("Interrupted. Run the same command again to go on.", status=130)
 
@@ -84,7 +90,9 @@ def _run(arguments: Sequence[str]) -> int:
         for stage in chosen:
             print(_describe(work, stage))
         return 0
-    progress = Progress()
+    if processes.initialize():
+        _check_together(chosen)
+    progress = Progress(silent=not processes.is_first())
     with work.locked():
         for stage in chosen:
             work.run(stage, progress, flags.overwrite)
@@ -146,6 +154,16 @@ def _chosen(flags: argparse.Namespace, stages: Sequence[Stage]) -> list[Stage]:
                 f"--model {flags.model}: this run has no such model. It has: {', '.join(models)}."
             )
     return chosen
+
+
+def _check_together(chosen: Sequence[Stage]) -> None:
+    for stage in chosen:
+        if not stage.together:
+            raise InputError(
+                f"Several processes were started, but {stage.name} is for one. Run `recexplore "
+                f"{stage.verb}` in a single process, without JAX_COORDINATOR_ADDRESS or srun; "
+                "`recexplore train` is for several."
+            )
 
 
 def _describe(work: WorkDirectory, stage: Stage) -> str:

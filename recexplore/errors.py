@@ -1,4 +1,4 @@
-"""The one exception that means: a person can mend this."""
+"""The exceptions that the command line tells in words."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one paragraph: what is wrong, where, what was expected, what to do. The command
     line prints it without a traceback and exits with status 2.
     """
+
+
+class Preempted(Exception):
+    """The machine is to be taken away. What was done is saved; the same command goes on."""

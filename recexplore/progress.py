@@ -17,18 +17,24 @@ class Progress:
 
     Args:
       terminal: draw bars; by default when standard error is a terminal.
+      silent: say nothing at all.
     """
 
-    def __init__(self, terminal: bool | None = None):
+    def __init__(self, terminal: bool | None = None, silent: bool = False):
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._silent = silent
 
     def say(self, line: str) -> None:
         """Prints one line."""
-        print(line, file=sys.stderr, flush=True)
+        if not self._silent:
+            print(line, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def bar(self, what: str) -> Iterator[Update]:
         """Gives an `update` for one long piece of work, shown once it takes two seconds."""
+        if self._silent:
+            yield lambda *_, **__: None
+            return
         with self._rich_bar(what) if self._terminal else self._plain_lines(what) as update:
             yield update
 

@@ -25,6 +25,7 @@ from typing import Any
 import recexplore
 from recexplore import artifacts
 from recexplore.configuration import Configuration, call_configured
+from recexplore.distributed import processes
 from recexplore.errors import InputError
 from recexplore.progress import Progress
 
@@ -43,6 +44,7 @@ class Stage:
       writes: what it writes, likewise.
       model: the model it trains, which is also its gin scope; empty for other stages.
       resumes: it keeps what an interrupted run with the same recipe has left in `writes`.
+      together: several processes can run it as one program.
     """
 
     verb: str
@@ -51,6 +53,7 @@ class Stage:
     writes: tuple[str, ...]
     model: str = ""
     resumes: bool = False
+    together: bool = False
 
     @property
     def name(self) -> str:
@@ -127,6 +130,8 @@ class WorkDirectory:
     def run(self, stage: Stage, progress: Progress, overwrite: bool = False) -> bool:
         """Runs a stage unless it is up to date; returns whether it ran.
 
+        Several processes run it together; the first alone prepares the folder and writes the record.
+
         Raises:
           InputError: an input isn't there or isn't up to date, a value is left open, or the stage's
             artefacts were made with another configuration and `overwrite` is False.
@@ -145,7 +150,10 @@ class WorkDirectory:
         progress.say(f"{stage.name}: {status.reason}, making {', '.join(stage.writes)}")
         recipe = self._recipe(stage)
         before = self._record(stage)
-        self._prepare(stage, recipe)
+        processes.meet(f"{stage.name}: to be run")  # all have seen what is there
+        if processes.is_first():
+            self._prepare(stage, recipe)
+        processes.meet(f"{stage.name}: prepared")
         start = time.monotonic()
         try:
             operative = call_configured(
@@ -158,14 +166,18 @@ class WorkDirectory:
             )
         except Exception:
             if before is not None and before["outputs"] == self._outputs(stage):
-                artifacts.write_json(self.record_path(stage), before)
+                if processes.is_first():
+                    artifacts.write_json(self.record_path(stage), before)
             raise
-        for name in stage.writes:
-            path = self.folder / name
-            beside = path / "config.gin" if path.is_dir() else path.with_suffix(".config.gin")
-            with artifacts.new_file(beside) as temporary:
-                temporary.write_text(operative)
-        self._write_record(stage, recipe, time.monotonic() - start)
+        processes.meet(f"{stage.name}: ran")
+        if processes.is_first():
+            for name in stage.writes:
+                path = self.folder / name
+                beside = path / "config.gin" if path.is_dir() else path.with_suffix(".config.gin")
+                with artifacts.new_file(beside) as temporary:
+                    temporary.write_text(operative)
+            self._write_record(stage, recipe, time.monotonic() - start)
+        processes.meet(f"{stage.name}: recorded")
         progress.say(f"{stage.name}: done in {time.monotonic() - start:.0f} s")
         return True
 
@@ -178,7 +190,7 @@ class WorkDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the work directory.
+        """Keeps other runs out of the work directory; of several processes the first does it.
 
         Raises:
           InputError: another run has it, or the folder can't be made.
@@ -189,6 +201,9 @@ class WorkDirectory:
             raise InputError(f"--workdir {self.folder} is not a folder. Choose another.") from error
         except FileNotFoundError as error:
             raise InputError(f"--workdir {self.folder} can't be made. Choose another.") from error
+        if not processes.is_first():
+            yield
+            return
         with open(self.folder / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,7 +23,7 @@ ROOMS = {
     "simulation": {"errors", "artifacts", "interactions"},
     "evaluation": {"errors", "artifacts", "interests", "serving", "simulation", "feedback"},
     "configuration": {"errors"},
-    "workdir": {"errors", "artifacts", "configuration", "progress"},
+    "workdir": {"errors", "artifacts", "configuration", "distributed", "progress"},
 }
 EVERYTHING = {*ROOMS, "pipeline", "cli"}
 ROOMS |= {"pipeline": EVERYTHING - {"cli"}, "cli": EVERYTHING}
@@ -31,7 +31,7 @@ TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio", "clu"}
 MAY_IMPORT_TENSORFLOW = {
     "tasks/seqio_tasks.py",  # SeqIO is TensorFlow
     "interactions/movielens.py",  # tensorflow_datasets, inside the one reader that needs it
-    "training/trainer.py",  # clu's TensorBoard writer, when training starts
+    "training/telemetry.py",  # clu's TensorBoard writer, when training starts
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

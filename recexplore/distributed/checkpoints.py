@@ -1,24 +1,26 @@
-"""Checkpoints of a training run: parameters, optimizer, step and data position together.
+"""Checkpoints of a training run: parameters, optimizer, step, data position and PRNG key together.
 
-Orbax writes each under a temporary name and renames it when it is whole. Kept are the latest, to go
-on from, and the best on the validation split, to use.
+Orbax writes each in the background under a temporary name and renames it when it is whole; all
+processes write their own shards. Kept are the latest, to go on from, and the best on the validation
+split, to use.
 """
 
-import base64
 import errno
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from recexplore.distributed import processes
 from recexplore.errors import InputError
 
 _log = logging.getLogger(__name__)
 _METRIC = "validation"
+_UNFINISHED = "orbax-checkpoint-tmp"
+_USED = ("average", "params")  # entries of a state that are used, the first that is there
 
 
 class Restored(NamedTuple):
@@ -26,7 +28,7 @@ class Restored(NamedTuple):
 
     step: int
     state: Any
-    position: np.ndarray
+    position: dict[str, int]
 
 
 class Checkpoints:
@@ -34,39 +36,59 @@ class Checkpoints:
 
     Args:
       folder: made if it isn't there.
+      keep_last: how many of the latest are kept.
+      keep_best: how many of the best are kept besides.
     """
 
-    def __init__(self, folder: Path):
-        keep = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(n=1),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=1
-                ),
-            ]
-        )
+    def __init__(self, folder: Path, keep_last: int = 1, keep_best: int = 1):
         self._folder = Path(folder).resolve()
+        self._warn_of_unfinished()
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep,
-                best_fn=lambda metrics: metrics[_METRIC],
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [
+                        checkpoint_managers.LatestN(n=keep_last),
+                        checkpoint_managers.BestN(
+                            get_metric_fn=_value,
+                            reverse=True,
+                            n=keep_best,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                best_fn=_value,
                 best_mode="min",
-                enable_async_checkpointing=False,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
             ),
         )
 
-    def save(self, step: int, state: Any, position: np.ndarray, validation: float) -> None:
-        """Saves a checkpoint, the better the lower `validation`; returns when it is on disk."""
+    def _warn_of_unfinished(self) -> None:
+        for path in sorted(self._folder.glob(f"*{_UNFINISHED}*")):
+            _log.warning("Checkpoint %s was never finished and is left out.", path)
+        processes.meet("unfinished checkpoints")
+
+    def save(
+        self, step: int, state: Any, position: dict[str, int], validation: float | None
+    ) -> None:
+        """Begins to save a checkpoint; it is written while training goes on.
+
+        Args:
+          step: steps taken.
+          state: a tree of arrays.
+          position: of the training data.
+          validation: the better the lower; None for one that is there to go on from only.
+        """
         if step in self._manager.all_steps():  # a damaged one that `latest` left out
             self._manager.delete(step)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                position=ocp.args.JsonSave({"base64": base64.b64encode(position).decode()}),
+                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
             ),
-            metrics={_METRIC: validation},
+            metrics=None if validation is None else {_METRIC: validation},
+            force=True,
         )
 
     def latest(self, abstract: Any) -> Restored | None:
@@ -93,8 +115,7 @@ class Checkpoints:
                     str(error).splitlines()[0],
                 )
                 continue
-            position = base64.b64decode(items["position"]["base64"])
-            return Restored(step, items["state"], np.frombuffer(position, np.uint8))
+            return Restored(step, items["state"], items["position"])
         return None
 
     def best(self) -> tuple[int, float]:
@@ -103,37 +124,48 @@ class Checkpoints:
         Raises:
           InputError: there is none.
         """
-        values = {step: self._manager.metrics(step)[_METRIC] for step in self._manager.all_steps()}
-        if not values:
-            raise InputError(f"{self._folder} holds no checkpoint. Run `recexplore train` first.")
-        step = min(values, key=lambda step: (values[step], step))
-        return step, values[step]
+        self._manager.wait_until_finished()
+        return _best(self._manager)
 
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
 
 
-def load_best(folder: Path, name: str, abstract: Any) -> Any:
-    """One entry of the best checkpoint's state, without the rest of it.
+def _value(metrics: dict[str, float]) -> float:
+    return metrics[_METRIC]
+
+
+def _best(manager: ocp.CheckpointManager) -> tuple[int, float]:
+    metrics = {step: manager.metrics(step) for step in manager.all_steps()}
+    values = {step: found[_METRIC] for step, found in metrics.items() if found}
+    if not values:
+        raise InputError(f"{manager.directory} holds no checkpoint. Run `recexplore train` first.")
+    step = min(values, key=lambda step: (values[step], step))
+    return step, values[step]
+
+
+def load_best(folder: Path, abstract: Any) -> Any:
+    """The variables to use, of the best checkpoint: their average, where one was kept.
 
     Args:
       folder: the run's checkpoints.
-      name: the entry of the state, for instance "average".
-      abstract: its shapes, dtypes and shardings.
+      abstract: shapes, dtypes and shardings of the variables.
 
     Raises:
       InputError: there is no checkpoint, or its shapes are others.
     """
-    if not Path(folder).is_dir():
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
         raise InputError(f"{folder} holds no checkpoint. Run `recexplore train` first.")
-    checkpoints = Checkpoints(folder)
-    step, _ = checkpoints.best()
-    checkpoints.close()
-    path = Path(folder).resolve() / str(step) / "state"
+    reading = ocp.CheckpointManagerOptions(read_only=True, best_fn=_value)
+    with ocp.CheckpointManager(folder, options=reading) as manager:
+        step, _ = _best(manager)
+    path = folder / str(step) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
         try:
+            name = next(n for n in _USED if n in reader.metadata(path).item_metadata.tree)
             state = reader.restore(
                 path,
                 args=ocp.args.PyTreeRestore(
@@ -143,7 +175,7 @@ def load_best(folder: Path, name: str, abstract: Any) -> Any:
         except Exception as error:  # TensorStore has kinds of its own
             raise InputError(
                 f"{path} is damaged, or doesn't fit the model's configuration: "
-                f"{str(error).splitlines()[0][:200]} Remove {Path(folder).parent} and run "
+                f"{str(error).splitlines()[0][:200]} Remove {folder.parent} and run "
                 "`recexplore train` again."
             ) from error
     found = state[name]

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recexplore.errors import InputError
@@ -24,18 +25,21 @@ DEFAULT_RULES: Rules = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over all devices; one of the sizes may be -1 for "the rest".
 
     Args:
       data: number of shares of the batch.
       fsdp: number of shares of the parameters' embed axis, and of the batch again.
       tensor: number of shares of heads, mlp and vocab.
+      devices: those of all processes; None: all there are.
 
     Raises:
       InputError: the sizes don't multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.devices()
+    sizes, devices = [data, fsdp, tensor], jax.devices() if devices is None else devices
     fixed = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) == 1 and fixed >= 1 and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
@@ -45,7 +49,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"multiply to the {len(devices)} devices there are. Change them; one may be -1 for "
             "what is left over."
         )
-    return Mesh(np.array(devices).reshape(sizes), MESH_AXES)
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES)
 
 
 def check_rules(rules: Rules) -> None:
@@ -93,16 +98,44 @@ def check_shapes(abstract: Any, shardings: Any) -> None:
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         sharding = functools.reduce(lambda tree, key: tree[key.key], path, shardings)
-        for axis, names in enumerate(sharding.spec):
-            names = (names,) if isinstance(names, str) else names or ()
-            shares = int(np.prod([sharding.mesh.shape[name] for name in names]))
-            if leaf.shape[axis] % shares:
-                raise InputError(
-                    f"Parameter {jax.tree_util.keystr(path)} of shape {leaf.shape} can't be dealt "
-                    f"out: axis {axis} doesn't divide by {shares}, the mesh's "
-                    f"{' × '.join(names)}. Choose other partitioning.make_mesh sizes, other "
-                    "trainer.train.rules, or other sizes of the model."
-                )
+        misfit = _misfit(leaf, sharding)
+        if misfit:
+            axis, names, shares = misfit
+            raise InputError(
+                f"Parameter {jax.tree_util.keystr(path)} of shape {leaf.shape} can't be dealt "
+                f"out: axis {axis} doesn't divide by {shares}, the mesh's "
+                f"{' × '.join(names)}. Choose other partitioning.make_mesh sizes, other "
+                "trainer.train.rules, or other sizes of the model."
+            )
+
+
+def _misfit(leaf: Any, sharding: NamedSharding) -> tuple[int, tuple[str, ...], int] | None:
+    """The first axis that doesn't divide by its mesh axes: (axis, their names, their sizes)."""
+    for axis, names in enumerate(sharding.spec):
+        names = (names,) if isinstance(names, str) else tuple(names or ())
+        shares = int(np.prod([sharding.mesh.shape[name] for name in names]))
+        if leaf.shape[axis] % shares:
+            return axis, names, shares
+    return None
+
+
+def replicate_misfits(abstract: Any, shardings: Any) -> Any:
+    """Shardings with those replicated that don't fit their arrays.
+
+    For an optimizer's state: Adafactor's sums over rows and columns carry the logical axes of their
+    parameter, but not its shape. They are small.
+
+    Args:
+      abstract: shapes.
+      shardings: of the same structure.
+    """
+
+    def fit(leaf, sharding):
+        if len(sharding.spec) <= leaf.ndim and not _misfit(leaf, sharding):
+            return sharding
+        return NamedSharding(sharding.mesh, PartitionSpec())
+
+    return jax.tree.map(fit, abstract, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -110,15 +143,38 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Checks that a batch can be dealt out.
+def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Checks that a batch, and each part of it that is read at once, can be dealt out.
 
     Raises:
       InputError: it doesn't divide by the mesh's data and fsdp axes.
     """
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size < 1 or batch_size % shares:
+    if batch_size < 1 or batch_size % (shares * microbatches):
+        parts = f", times {microbatches} microbatches" if microbatches > 1 else ""
         raise InputError(
             f"pipeline.train.batch_size is {batch_size}; it must be a positive multiple of "
-            f"{shares}, the mesh's data × fsdp."
+            f"{shares * microbatches}: {shares}, the mesh's data × fsdp{parts}."
         )
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch that the devices of this process hold, in order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[index] for index in places.values()]))
+
+
+def put_batch(batch: dict[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch → the batch, dealt out over the devices of all processes.
+
+    Args:
+      batch: arrays of `local_rows`.
+      batch_size: rows of the whole batch.
+      mesh: the devices.
+    """
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }

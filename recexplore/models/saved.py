@@ -63,4 +63,4 @@ def load_parameters(folder: Path, model: nn.Module) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         abstract_parameters(model),
     )
-    return load_best(folder / CHECKPOINTS, "average", placed)
+    return load_best(folder / CHECKPOINTS, placed)

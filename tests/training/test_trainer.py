@@ -1,7 +1,9 @@
 """Training learns, resumes bit for bit, and stops in words."""
 
-import json
+import dataclasses
 import logging
+import os
+import signal
 
 import flax.linen as nn
 import jax
@@ -10,132 +12,105 @@ import numpy as np
 import pytest
 
 from recexplore.distributed import partitioning
-from recexplore.errors import InputError
+from recexplore.errors import InputError, Preempted
 from recexplore.models import saved
-from recexplore.models.transformer import Transformer, TransformerConfig
-from recexplore.models.trie import build_trie
-from recexplore.training import objectives, trainer
+from recexplore.models.transformer import Transformer
+from recexplore.training import objectives
+from copying_task import CONFIG, TRIE, Copying, curve, run, some_batch
 
-SEQUENCES = [[token, 1] for token in range(2, 6)]
-TRIE = build_trie(SEQUENCES, 1, 8)
-CONFIG = TransformerConfig(
-    vocab_size=8,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    max_length=6,
-    dropout_rate=0.1,
-)
 # clu and orbax bring warnings of their own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 
-class Copying:
-    """Endless batches in which the answer is the prompt's last token; knows its position."""
-
-    def __init__(self, poison_at=None):
-        self._step, self._poison_at = 0, poison_at
-
-    def __next__(self):
-        random = np.random.default_rng(self._step)
-        self._step += 1
-        prompt = random.integers(2, 6, (16, 3))
-        tokens = np.concatenate([prompt, prompt[:, -1:], np.ones((16, 1), int)], axis=1)
-        weight = np.ones(16, np.float32)
-        if self._step == self._poison_at:
-            weight[:] = np.inf
-        return {
-            "tokens": tokens.astype(np.int32),
-            "prompt_lengths": np.full(16, 3, np.int32),
-            "lengths": np.full(16, 5, np.int32),
-            "seen": np.zeros((16, 4), bool),
-            "label": np.zeros(16, np.float32),
-            "weight": weight,
-            "example_id": np.arange(16) + 100,
-        }
-
-    def position(self):
-        return np.array([self._step], np.uint8)
-
-    def move_to(self, position):
-        self._step = int(position[0])
-
-
-def run(folder, steps=60, batches=None, learning_rate=1e-2, **options):
-    return trainer.train(
-        folder,
-        Transformer(CONFIG),
-        objectives.constrained_description_loss,
-        TRIE,
-        batches or Copying(),
-        [next(Copying())],
-        lambda *_, **__: None,
-        optimization=trainer.Optimization(steps=steps, learning_rate=learning_rate),
-        **{"evaluate_every": 20, "log_every": 10, **options},
-    )
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {(r["step"], k): r[k] for r in lines for k in ("loss", "validation_loss") if k in r}
-
-
 def test_training_learns_and_the_best_parameters_can_be_loaded(tmp_path):
     result = run(tmp_path)
-    assert result.best_validation < 0.3 < losses(tmp_path)[(10, "loss")]
+    assert result.best_validation < 0.3 < curve(tmp_path)[(10, "loss")]
     model = Transformer(CONFIG)
     params = saved.load_parameters(tmp_path, model)
-    total, weight = objectives.constrained_description_loss(
-        model, params, jax.tree.map(jnp.asarray, TRIE), jax.tree.map(jnp.asarray, next(Copying()))
+    sums = objectives.constrained_description_loss(
+        model, params, jax.tree.map(jnp.asarray, TRIE), jax.tree.map(jnp.asarray, some_batch())
     )
-    assert float(total / weight) == pytest.approx(result.best_validation, rel=1e-4)
+    assert float(sums.loss / sums.weight) == pytest.approx(result.best_validation, rel=1e-4)
 
 
 class Killed(Exception):
     """Stands for kill -9: nothing after it runs."""
 
 
-class KilledAt(Copying):
-    def __init__(self, step):
-        super().__init__()
-        self._kill_at = step
-
-    def __next__(self):
-        if self._step == self._kill_at:
+def killed_at(step):
+    def kill(now):
+        if now == step:
             raise Killed
-        return super().__next__()
+
+    return Copying(before=kill)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     whole = run(tmp_path / "whole")
     with pytest.raises(Killed):
-        run(tmp_path / "killed", batches=KilledAt(37))
+        run(tmp_path / "killed", data=killed_at(37))
     resumed = run(tmp_path / "killed")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     assert resumed == whole
     model = Transformer(CONFIG)
     first, second = (saved.load_parameters(tmp_path / n, model) for n in ("whole", "killed"))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(tmp_path):
+    def terminate(now):
+        if now == 33:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Preempted, match="after step 34 of 60 and is saved"):
+        run(tmp_path / "stopped", data=Copying(before=terminate))
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (tmp_path / "stopped" / "checkpoints" / "34").is_dir()
+    steps = []
+    resumed = run(tmp_path / "stopped", data=Copying(before=steps.append))
+    assert steps[0] == 34
+    assert resumed == whole
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(tmp_path, caplog):
     with pytest.raises(Killed):
-        run(tmp_path, batches=KilledAt(50))
+        run(tmp_path, data=killed_at(50))
     for file in (tmp_path / "checkpoints" / "40" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
+    steps = []
     with caplog.at_level(logging.WARNING):
-        run(tmp_path)
+        run(tmp_path, data=Copying(before=steps.append))
     assert "40 is damaged and left out" in caplog.text
-    assert losses(tmp_path)[(60, "loss")] > 0
+    assert steps[0] == 20  # the one before it
+
+
+def test_an_unfinished_checkpoint_is_left_out_with_a_warning(tmp_path, caplog):
+    with pytest.raises(Killed):
+        run(tmp_path, data=killed_at(50))
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "40").rename(checkpoints / "40.orbax-checkpoint-tmp")
+    steps = []
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, data=Copying(before=steps.append))
+    assert "40.orbax-checkpoint-tmp was never finished" in caplog.text
+    assert steps[0] == 20
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
+    run(tmp_path, evaluate_every=10, keep_last=2, keep_best=3)
+    losses = {step: x for (step, _), x in curve(tmp_path, ["validation_loss"]).items()}
+    best = sorted(losses, key=losses.get)[:3]
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {50, 60, *best}
 
 
 def test_trouble_of_the_machine_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(Killed):
-        run(tmp_path, batches=KilledAt(50))
+        run(tmp_path, data=killed_at(50))
     with monkeypatch.context() as patched:
         patched.setattr("orbax.checkpoint.CheckpointManager.restore", _too_many_open_files)
         with pytest.raises(OSError, match="Too many open files"):
@@ -153,21 +128,64 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path):
         saved.load_parameters(tmp_path, Transformer(CONFIG))
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
-    with pytest.raises(InputError, match="(?s)loss is nan at step 30.*begin with 100, 101"):
-        run(tmp_path, batches=Copying(poison_at=30))
-    assert losses(tmp_path)[(20, "validation_loss")] > 0
+def test_a_loss_that_is_not_finite_stops_with_its_examples_and_keeps_the_checkpoint(tmp_path):
+    message = r"(?s)loss is (nan|inf) at step 27 \(learning rate 0.00.*examples are 2700, 2701"
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, data=Copying(poison_at=27))
+    assert curve(tmp_path)[(20, "validation_loss")] > 0
     saved.load_parameters(tmp_path, Transformer(CONFIG))
 
 
-def test_sharded_parameters_train_like_whole_ones(tmp_path):
-    data = run(tmp_path / "data", steps=20)
+@pytest.mark.parametrize(
+    ("sizes", "optimization"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
+        ({"data": 1, "fsdp": 8}, {}),
+        ({"data": 4, "fsdp": 2}, {"optimizer": "adafactor"}),
+    ],
+)
+def test_sharded_parameters_train_like_whole_ones(tmp_path, sizes, optimization):
+    data = run(tmp_path / "data", steps=20, optimization=optimization)
     mixed = run(
         tmp_path / "mixed",
         steps=20,
-        make_mesh=lambda: partitioning.make_mesh(data=2, fsdp=2, tensor=2),
+        optimization=optimization,
+        make_mesh=lambda: partitioning.make_mesh(**sizes),
     )
     assert mixed.best_validation == pytest.approx(data.best_validation, rel=1e-3)
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "moved", data=killed_at(30))
+    other = lambda: partitioning.make_mesh(data=2, fsdp=2, tensor=2)  # noqa: E731
+    moved = run(tmp_path / "moved", make_mesh=other)
+    assert moved.best_validation == pytest.approx(whole.best_validation, rel=1e-3)
+    for key, value in curve(tmp_path / "whole").items():
+        assert curve(tmp_path / "moved")[key] == pytest.approx(value, rel=2e-3), key
+
+
+def test_microbatches_give_the_whole_batch_s_step(tmp_path):
+    model = Transformer(dataclasses.replace(CONFIG, dropout_rate=0.0))
+    whole = run(tmp_path / "whole", model=model)
+    parts = run(tmp_path / "parts", model=model, optimization={"microbatches": 2})
+    assert parts.best_validation == pytest.approx(whole.best_validation, rel=1e-4)
+
+
+def test_adafactor_learns_with_less_state(tmp_path):
+    result = run(tmp_path, optimization={"optimizer": "adafactor"})
+    assert result.best_validation < 0.3
+
+
+def test_without_an_average_the_parameters_themselves_are_used(tmp_path):
+    result = run(tmp_path, optimization={"average_decay": 0.0})
+    model = Transformer(CONFIG)
+    params = saved.load_parameters(tmp_path, model)
+    sums = objectives.constrained_description_loss(
+        model, params, jax.tree.map(jnp.asarray, TRIE), jax.tree.map(jnp.asarray, some_batch())
+    )
+    assert float(sums.loss / sums.weight) == pytest.approx(result.best_validation, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +194,14 @@ def test_sharded_parameters_train_like_whole_ones(tmp_path):
         ({"steps": 0}, "Optimization.steps is 0"),
         ({"evaluate_every": 0}, "train.evaluate_every is 0"),
         ({"log_every": -1}, "train.log_every is -1"),
+        ({"keep_last": 0}, "train.keep_last is 0"),
         (
             {"make_mesh": lambda: partitioning.make_mesh(data=1, fsdp=1, tensor=8)},
             r"key.*of shape \(2, 16, 2, 8\) can't be dealt out: axis 2 doesn't divide by 8",
         ),
-        ({"learning_rate": -1.0}, "Optimization.learning_rate is -1.0"),
+        ({"optimization": {"learning_rate": -1.0}}, "Optimization.learning_rate is -1.0"),
+        ({"optimization": {"optimizer": "sgd"}}, "optimizer is 'sgd'.*adamw, adafactor"),
+        ({"optimization": {"microbatches": 4}}, "batch_size is 16.*multiple of 32"),
         (
             {"make_mesh": lambda: partitioning.make_mesh(data=3)},
             "make_mesh has data=3, fsdp=1, tensor=1.*8 devices",
@@ -213,14 +234,30 @@ def test_rules_put_logical_axes_on_the_mesh():
 
 def test_the_best_checkpoint_is_the_one_with_least_of_what_it_is_chosen_by(tmp_path):
     def distance_to_a_loss_of_one(model, params, trie, batch, dropout_key=None):
-        total, weight = objectives.constrained_description_loss(model, params, trie, batch)
-        return abs(total - weight), weight
+        sums = objectives.constrained_description_loss(model, params, trie, batch)
+        return sums._replace(loss=abs(sums.loss - sums.weight))
 
     result = run(tmp_path, choose_by=distance_to_a_loss_of_one, evaluate_every=5)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    found = {r["step"]: r for r in lines if "validation_choice" in r}
-    best = min(found, key=lambda step: found[step]["validation_choice"])
+    found = curve(tmp_path, ["validation_loss", "validation_choice"])
+    choices = {step: x for (step, name), x in found.items() if name == "validation_choice"}
+    best = min(choices, key=choices.get)
     assert result.best_step == best < 60  # the loss itself is least at the end
-    assert result.best_validation == found[best]["validation_choice"]
-    for row in found.values():
-        assert row["validation_choice"] == pytest.approx(abs(row["validation_loss"] - 1), abs=1e-5)
+    assert result.best_validation == choices[best]
+    for step, value in choices.items():
+        assert value == pytest.approx(abs(found[(step, "validation_loss")] - 1), abs=1e-5)
+
+
+def test_a_run_tells_how_fast_it_is(tmp_path):
+    run(tmp_path, steps=20, log_every=10)
+    names = ("tokens_per_second", "model_flops_utilization", "padding_fraction")
+    found = curve(tmp_path, [*names, "data_wait_fraction", "accuracy", "gradient_norm"])
+    assert found[(20, "padding_fraction")] == 0
+    assert found[(20, "tokens_per_second")] > 0
+    assert 0 < found[(20, "model_flops_utilization")] < 1
+    assert 0 < found[(20, "data_wait_fraction")] < 1
+    assert {name for _, name in found} == {*names, "data_wait_fraction", "accuracy", "gradient_norm"}
+
+
+def test_a_profile_of_chosen_steps_is_written(tmp_path):
+    run(tmp_path, steps=8, profile_from=3, profile_steps=2)
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
