@@ -16,6 +16,7 @@ from recexplore.models.attention import KeyValues, attend
 from recexplore.models.rotary import Rotation, rotate
 
 EVERYTHING = jnp.iinfo(jnp.int32).max  # the window of a layer that has none
+PROJECTIONS = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
 ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=True)}
 
 
@@ -169,19 +170,37 @@ def _project(
     outputs: dict[str, int],
     bias: bool = False,
 ) -> Array:
-    """x times the kernel `name`, over the axes `inputs`: logical name → size, in order."""
-    sizes, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
+    """x times the kernel `name`, over the axes `inputs`: logical name → size, in order.
+
+    With LoRA (Hu et al. 2022) it is x W + scale · (x A) B; A and B are never multiplied together,
+    so that a step costs no product of the kernel's size more.
+    """
+    c, zeros = module.config, nn.initializers.zeros
     spread = nn.initializers.normal(stddev=math.prod(inputs.values()) ** -0.5)
-    y = jnp.tensordot(x, _parameter(module, name, sizes, axes, spread), axes=len(inputs))
+    y = jnp.tensordot(x, _parameter(module, name, inputs | outputs, spread), axes=len(inputs))
     if bias:
-        sizes = tuple(outputs.values())
-        added = _parameter(module, f"{name}_bias", sizes, tuple(outputs), nn.initializers.zeros)
+        added = _parameter(module, f"{name}_bias", outputs, zeros)
         y = y + added.reshape((1,) * (y.ndim - added.ndim) + added.shape)
+    if c.lora_rank and name in c.lora_targets:
+        rank = {"lora_rank": c.lora_rank}
+        low = jnp.tensordot(x, _adapter(module, f"{name}_a", inputs | rank, spread), len(inputs))
+        high = jnp.tensordot(low, _adapter(module, f"{name}_b", rank | outputs, zeros), 1)
+        y = y + c.lora_scale * high
     return y
 
 
-def _parameter(module: nn.Module, name: str, sizes: tuple, axes: tuple, initializer: Any) -> Array:
+def _parameter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
     """A parameter with its logical axes, cast to the computation's dtype."""
-    boxed = nn.with_logical_partitioning(initializer, axes)
+    boxed = nn.with_logical_partitioning(initializer, tuple(axes))
     c = module.config
-    return module.param(name, boxed, sizes, c.param_dtype).astype(c.dtype)
+    return module.param(name, boxed, tuple(axes.values()), c.param_dtype).astype(c.dtype)
+
+
+def _adapter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
+    """The same in the collection "lora", kept in float32 because it is always trained."""
+    boxed = nn.with_logical_partitioning(initializer, tuple(axes))
+
+    def start():
+        return boxed(module.make_rng("params"), tuple(axes.values()), jnp.float32)
+
+    return module.variable("lora", name, start).value.astype(module.config.dtype)

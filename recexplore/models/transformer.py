@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recexplore.errors import InputError
 from recexplore.models import rotary
 from recexplore.models.attention import KeyValues, Segment
-from recexplore.models.layers import ACTIVATIONS, EVERYTHING, Block, RMSNorm, Sight
+from recexplore.models.layers import ACTIVATIONS, EVERYTHING, PROJECTIONS, Block, RMSNorm, Sight
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -60,6 +60,9 @@ class TransformerConfig:
       dropout_rate: on the embeddings and on what each block adds.
       dtype: of activations; parameters are cast to it where they are used.
       param_dtype: of the parameters; bfloat16 halves a frozen network.
+      lora_rank: r of low-rank adapters (LoRA), the collection "lora" beside "params"; 0 is none.
+      lora_targets: the kernels that have them, of query, key, value, out, wi_0, wi_1, wo.
+      lora_scale: factor of what they add (alpha / r elsewhere).
       scan_unroll: layers compiled side by side; more run faster and compile longer.
     """
 
@@ -93,11 +96,14 @@ class TransformerConfig:
     dropout_rate: float = 0.0
     dtype: str = "float32"
     param_dtype: str = "float32"
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ("query", "value")
+    lora_scale: float = 1.0
     scan_unroll: int = 1
 
     def __post_init__(self):
-        windows = tuple(self.attention_windows)  # gin and JSON have lists
-        object.__setattr__(self, "attention_windows", windows)
+        for field in ("attention_windows", "lora_targets"):  # gin and JSON have lists
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in _FROM_ONE:
             self._check(getattr(self, field) >= 1, field, "must be at least 1")
         for field in _POSITIVE:
@@ -111,8 +117,14 @@ class TransformerConfig:
             self.num_heads % self.num_kv_heads == 0, "num_kv_heads", "must divide num_heads"
         )
         self._check(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even")
+        windows, targets = self.attention_windows, self.lora_targets
         self._check(
             len(windows) >= 1 and min(windows) >= 0, "attention_windows", "must be sizes from 0 on"
+        )
+        self._check(
+            len(targets) >= 1 and set(targets) <= set(PROJECTIONS),
+            "lora_targets",
+            f"must have at least one of {', '.join(PROJECTIONS)}, and nothing else",
         )
         self._check(
             self.rope_high_frequency_factor > self.rope_low_frequency_factor,
@@ -132,8 +144,12 @@ _FROM_ONE = (
     *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_dim"),
     *("max_length", "scan_unroll", "rope_original_length"),
 )
-_POSITIVE = ("norm_epsilon", "rope_theta", "rope_factor", "rope_low_frequency_factor")
-_NOT_NEGATIVE = ("attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta")
+_POSITIVE = (
+    *("norm_epsilon", "rope_theta", "rope_factor", "rope_low_frequency_factor", "lora_scale"),
+)
+_NOT_NEGATIVE = (
+    *("attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "lora_rank"),
+)
 _CHOICES = {
     "activation": tuple(ACTIVATIONS),
     "rope_scaling": ("none", "linear", "llama3"),
@@ -165,7 +181,7 @@ class Transformer(nn.Module):
             )
         scanned = nn.scan(
             Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             out_axes=0,
@@ -240,11 +256,12 @@ class Transformer(nn.Module):
     def _layers_read_at(self, x, context, sight, read_at) -> tuple[Array, KeyValues]:
         """`self.layers`, the last of which comes after the others; without dropout."""
         block, count = Block(self.config, parent=None), self.config.num_layers
-        stacked = nn.unbox(self.variables["params"]["layers"]), context, self._windows()
+        variables = {name: tree["layers"] for name, tree in self.variables.items()}
+        stacked = nn.unbox(variables), context, self._windows()
 
         def run(x, layer, read_at=None):
-            params, kept, window = jax.tree.map(lambda a: a[layer], stacked)
-            return block.apply({"params": params}, x, kept, window, sight, True, read_at)
+            variables, kept, window = jax.tree.map(lambda a: a[layer], stacked)
+            return block.apply(variables, x, kept, window, sight, True, read_at)
 
         unroll = min(self.config.scan_unroll, max(count - 1, 1))
         x, first = jax.lax.scan(run, x, jnp.arange(count - 1), unroll=unroll)
