@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from recexplore.models.trie import Trie
+from recexplore.training.objectives import Sums
 
 
 class State(NamedTuple):
@@ -59,7 +60,7 @@ def train_step(
     dropout_key = jax.random.fold_in(key, state.step)
 
     def mean_loss(params):
-        total, weight = objective(model, params, trie, batch, dropout_key)
+        total, weight, _ = objective(model, params, trie, batch, dropout_key)
         return total / jnp.maximum(weight, 1e-9)
 
     loss, gradients = jax.value_and_grad(mean_loss)(state.params)
@@ -78,6 +79,6 @@ def train_step(
 
 def evaluation_step(
     params: Any, batch: dict[str, Array], trie: Trie, *, model: nn.Module, objective: Any
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of losses and of weights of a batch, without dropout."""
+) -> Sums:
+    """What a batch adds up to, without dropout."""
     return objective(model, params, trie, batch)

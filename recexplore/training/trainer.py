@@ -191,7 +191,7 @@ def train(
         found = {}
         for name, evaluate_batch in evaluations.items():
             parts = [evaluate_batch(params, put(batch), trie) for batch in validation_batches]
-            totals, weights = zip(*jax.device_get(parts), strict=True)
+            totals, weights, _ = zip(*jax.device_get(parts), strict=True)
             found[name] = float(sum(totals) / max(sum(weights), 1e-9))
         return found
 

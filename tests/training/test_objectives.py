@@ -67,7 +67,7 @@ def leading_to(allowed):
 def test_the_constrained_loss_normalises_over_clusters_not_seen():
     model, params = make(Transformer)
     examples = batch([[7, 5], [3]], [0, 3], seen=[(2,), (0, 1)], weights=[1.0, 3.0])
-    total, weight = objectives.constrained_description_loss(model, params, TRIE, examples)
+    total, weight, _ = objectives.constrained_description_loss(model, params, TRIE, examples)
     first = by_hand(model, params, [7, 5], 0, leading_to([0, 1, 3]))
     second = by_hand(model, params, [3], 3, leading_to([2, 3]))
     assert float(total) == pytest.approx(first + 3 * second, rel=1e-4)
@@ -77,7 +77,7 @@ def test_the_constrained_loss_normalises_over_clusters_not_seen():
 def test_the_vocabulary_loss_leaves_out_tokens_of_seen_clusters_only():
     model, params = make(Transformer)
     examples = batch([[7, 5]], [0], seen=[(2,)])
-    total, _ = objectives.next_description_loss(model, params, TRIE, examples)
+    total, _, _ = objectives.next_description_loss(model, params, TRIE, examples)
     everything = set(range(8))
     expected = by_hand(model, params, [7, 5], 0, lambda p: everything - ({5} if not p else set()))
     assert float(total) == pytest.approx(expected, rel=1e-4)
@@ -88,13 +88,13 @@ def test_smoothing_spreads_over_open_clusters_in_training_only():
     examples = batch([[7, 5]], [2], seen=[(0,)])
     key = jax.random.key(0)
     loss = objectives.constrained_description_loss
-    plain, _ = loss(model, params, TRIE, examples, key, label_smoothing=0.0)
-    smooth, _ = loss(model, params, TRIE, examples, key, label_smoothing=0.3)
+    plain, _, _ = loss(model, params, TRIE, examples, key, label_smoothing=0.0)
+    smooth, _, _ = loss(model, params, TRIE, examples, key, label_smoothing=0.3)
     logits = np.asarray(model.apply(params, jnp.array([[7, 5]]))[0, -1], np.float64)
     log_p = {t: logits[t] - np.logaddexp.reduce(logits[[2, 5, 6]]) for t in (2, 5, 6)}
     uniform = -(log_p[2] + log_p[5] + log_p[6]) / 3  # one open cluster below each
     assert float(smooth) == pytest.approx(0.7 * float(plain) + 0.3 * uniform, rel=1e-4)
-    evaluated, _ = loss(model, params, TRIE, examples, label_smoothing=0.3)
+    evaluated, _, _ = loss(model, params, TRIE, examples, label_smoothing=0.3)
     assert float(evaluated) == pytest.approx(float(plain), rel=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_the_pointwise_loss_is_cross_entropy_with_soft_labels():
     model, params = make(RewardModel)
     params["params"]["head"] = jax.random.normal(jax.random.key(1), (16,))
     examples = batch([[7, 5], [3]], [0, 2], weights=[2.0, 1.0], labels=[0.25, 1.0])
-    total, weight = objectives.pointwise_loss(model, params, TRIE, examples)
+    total, weight, _ = objectives.pointwise_loss(model, params, TRIE, examples)
     chance = 1 / (
         1 + np.exp(-np.asarray(model.apply(params, examples["tokens"], examples["lengths"])))
     )
@@ -118,9 +118,9 @@ def test_misordered_pairs_are_counted_by_weight():
     examples = batch(prompts, targets, weights=[2.0, 1.0, 3.0, 0.0], labels=[0.5, 1.0, 0.1, 0.9])
     scores = np.asarray(model.apply(params, examples["tokens"], examples["lengths"]))
     pairs = [(1, 0, 2.0), (0, 2, 6.0), (1, 2, 3.0)]  # better, worse, weight
-    wrong, total = objectives.misordered_pairs(model, params, TRIE, examples)
+    wrong, total, _ = objectives.misordered_pairs(model, params, TRIE, examples)
     assert float(total) == 11.0
     assert float(wrong) == sum(w for high, low, w in pairs if scores[high] < scores[low])
     constant = jax.tree.map(jnp.zeros_like, params)
-    wrong, total = objectives.misordered_pairs(model, constant, TRIE, examples)
+    wrong, total, _ = objectives.misordered_pairs(model, constant, TRIE, examples)
     assert float(wrong) == 5.5

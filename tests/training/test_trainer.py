@@ -88,7 +88,7 @@ def test_training_learns_and_the_best_parameters_can_be_loaded(tmp_path):
     assert result.best_validation < 0.3 < losses(tmp_path)[(10, "loss")]
     model = Transformer(CONFIG)
     params = saved.load_parameters(tmp_path, model)
-    total, weight = objectives.constrained_description_loss(
+    total, weight, _ = objectives.constrained_description_loss(
         model, params, jax.tree.map(jnp.asarray, TRIE), jax.tree.map(jnp.asarray, next(Copying()))
     )
     assert float(total / weight) == pytest.approx(result.best_validation, rel=1e-4)
@@ -213,8 +213,8 @@ def test_rules_put_logical_axes_on_the_mesh():
 
 def test_the_best_checkpoint_is_the_one_with_least_of_what_it_is_chosen_by(tmp_path):
     def distance_to_a_loss_of_one(model, params, trie, batch, dropout_key=None):
-        total, weight = objectives.constrained_description_loss(model, params, trie, batch)
-        return abs(total - weight), weight
+        total, weight, right = objectives.constrained_description_loss(model, params, trie, batch)
+        return objectives.Sums(abs(total - weight), weight, right)
 
     result = run(tmp_path, choose_by=distance_to_a_loss_of_one, evaluate_every=5)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
