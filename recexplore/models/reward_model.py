@@ -1,25 +1,65 @@
-"""A transformer with a scalar head: the score of a whole sequence."""
+"""A transformer with a head that judges a whole sequence: its score."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from recexplore.errors import InputError
 from recexplore.models.transformer import Transformer, TransformerConfig
+
+HEADS = ("scalar", "bins", "ordinal")
+_LEAST_GAP = 1e-4  # between thresholds, so that no bin's probability can become 0
 
 
 class RewardModel(nn.Module):
     """Scores a sequence by its last token's hidden state; higher is better.
 
-    The score is a logit: its sigmoid is the predicted label in 0..1.
+    The score is a logit: its sigmoid is the predicted label in 0..1. The heads differ in what they
+    say of the label beside that, and so in what they can be trained for:
+
+      scalar: nothing. score = w·h + c.
+      bins: a probability for each of `num_bins` labels 0, 1/(num_bins − 1), …, 1, by a softmax of
+        as many logits; the score is the logit of the label that they lead one to expect.
+      ordinal: such probabilities too, but of labels known to have an order, by the cumulative
+        link P(label > b) = σ(w·h − θ_b) with thresholds θ_0 < θ_1 < … (McCullagh 1980); the score,
+        again the expected label's logit, rises with w·h.
+
+    Attributes:
+      config: sizes of the transformer.
+      head: one of `HEADS`.
+      num_bins: labels that the heads bins and ordinal tell apart.
     """
 
     config: TransformerConfig
+    head: str = "scalar"
+    num_bins: int = 6
+
+    def __post_init__(self):
+        if self.head not in HEADS:
+            raise InputError(
+                f"reward_model.RewardModel.head is {self.head!r}; it must be one of "
+                f"{', '.join(HEADS)}."
+            )
+        if self.num_bins < 2:
+            raise InputError(
+                f"reward_model.RewardModel.num_bins is {self.num_bins!r}; it must be at least 2."
+            )
+        super().__post_init__()
 
     def setup(self):
         self.transformer = Transformer(self.config)
-        initializer = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-        self.head = self.param("head", initializer, (self.config.model_dim,), jnp.float32)
-        self.bias = self.param("bias", nn.initializers.zeros, (), jnp.float32)
+        width = (self.num_bins,) if self.head == "bins" else ()
+        axes = ("embed", None) if self.head == "bins" else ("embed",)
+        initializer = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        self._weights = self.param(
+            "head", initializer, (self.config.model_dim, *width), jnp.float32
+        )
+        if self.head == "ordinal":  # a bias would only shift all thresholds
+            self._raw_thresholds = self.param("thresholds", _even_thresholds, (self.num_bins - 1,))
+        else:
+            self._bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
 
     def __call__(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], deterministic: bool = True
@@ -38,5 +78,58 @@ class RewardModel(nn.Module):
         return self.transformer.extend(*args, **kwargs)
 
     def score(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
-        """The scalar head on hidden states of last tokens, in float32."""
-        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), self.head) + self.bias
+        """The score by hidden states of last tokens, in float32."""
+        if self.head == "scalar":
+            return self._project(hidden) + self._bias
+        # logit(E) = log E − log(1 − E), where neither term can round to log 0.
+        log_probabilities = self.bin_log_probabilities(hidden)
+        labels = np.linspace(0, 1, self.num_bins, dtype=np.float32)
+        labels = labels.reshape((1,) * (hidden.ndim - 1) + (-1,))
+        above = jax.nn.logsumexp(log_probabilities, axis=-1, b=labels)
+        return above - jax.nn.logsumexp(log_probabilities, axis=-1, b=1 - labels)
+
+    def bin_log_probabilities(
+        self, hidden: Float[Array, "*batch D"]
+    ) -> Float[Array, "*batch num_bins"]:
+        """log P(label b) for the labels 0, 1/(num_bins − 1), …, 1; of the heads bins and ordinal.
+
+        For the ordinal head and its neighbouring thresholds θ < θ', with s = w·h,
+
+            P(b) = σ(s − θ) − σ(s − θ') = σ(s − θ) σ(θ' − s) (1 − exp(θ − θ'))
+
+        whose logarithm has three harmless terms; the first bin has no θ, the last no θ'.
+        """
+        projected = self._project(hidden)
+        if self.head == "bins":
+            bias = self._bias.reshape((1,) * (hidden.ndim - 1) + (-1,))
+            return jax.nn.log_softmax(projected + bias)
+        if self.head == "scalar":
+            raise ValueError("The scalar head knows no bins.")
+        gaps = jax.nn.softplus(self._raw_thresholds[1:]) + _LEAST_GAP
+        rises = jnp.concatenate([jnp.zeros(1), jnp.cumsum(gaps)])
+        thresholds = (self._raw_thresholds[:1] + rises).reshape((1,) * (hidden.ndim - 1) + (-1,))
+        distances = projected[..., None] - thresholds
+        over_lower = _pad(jax.nn.log_sigmoid(distances), before=1)
+        under_upper = _pad(jax.nn.log_sigmoid(-distances), after=1)
+        between = jnp.pad(jnp.log(-jnp.expm1(-gaps)), 1)
+        return over_lower + under_upper + between.reshape((1,) * (hidden.ndim - 1) + (-1,))
+
+    def _project(self, hidden: Array) -> Array:
+        axes = "...d,db->...b" if self.head == "bins" else "...d,d->..."
+        return jnp.einsum(axes, hidden.astype(jnp.float32), self._weights)
+
+
+def _pad(x: Array, before: int = 0, after: int = 0) -> Array:
+    """Zeros beside the last axis."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
+
+
+def _even_thresholds(key: Array, shape: tuple[int, ...]) -> Float[Array, "thresholds"]:
+    """Those that give all bins the same probability at w·h = 0: the first, then the increments
+    before softplus."""
+    del key
+    shares = np.arange(1, shape[0] + 1) / (shape[0] + 1)
+    even = np.log(shares / (1 - shares))
+    return jnp.asarray(
+        np.concatenate([even[:1], np.log(np.expm1(np.diff(even) - _LEAST_GAP))]), jnp.float32
+    )

@@ -19,7 +19,16 @@ _NETWORKS = {"Transformer": Transformer, "RewardModel": RewardModel}
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """What `rebuild` needs to know, as JSON values."""
-    return {"network": type(model).__name__, "config": dataclasses.asdict(model.config)}
+    settings = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name not in ("config", "parent", "name")  # the last two are flax's
+    }
+    return {
+        "network": type(model).__name__,
+        "config": dataclasses.asdict(model.config),
+        "settings": settings,
+    }
 
 
 def rebuild(description: dict[str, Any]) -> nn.Module:
@@ -30,7 +39,8 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
     """
     try:
         network = _NETWORKS[description["network"]]
-        return network(TransformerConfig(**description["config"]))
+        settings = description.get("settings", {})  # older descriptions have none: all defaults
+        return network(TransformerConfig(**description["config"]), **settings)
     except (KeyError, TypeError) as error:
         raise InputError(
             f"The model's description doesn't fit this version of recexplore ({error}). Train it "

@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 from recexplore.distributed import partitioning
 from recexplore.errors import InputError
 from recexplore.models import pretrained
-from recexplore.models.frozen import join, split
+from recexplore.models.lora import join, split
 from recexplore.models.trie import Trie
 from recexplore.training.flops import count_flops
 from recexplore.training.objectives import Sums

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
-from recexplore.models.frozen import join
+from recexplore.models.lora import join
 from recexplore.models.trie import Trie
 from recexplore.training.objectives import Sums
 
@@ -57,7 +57,7 @@ def train_step(
 
     Args:
       state: before.
-      frozen: the variables that aren't trained, see `models.frozen`.
+      frozen: the variables that aren't trained, see `models.lora`.
       batch: B examples.
       trie: the descriptions.
       model: the network.

@@ -1,60 +1,69 @@
-"""Objectives against hand-worked values."""
+"""Novelty objectives against hand-worked values and against the slow form."""
 
-import flax.linen as nn
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow_description_loss import slow_description_loss
+from small_models import batch_of, bigram, random_examples, reward_model
 
-from recexplore.models.reward_model import RewardModel
-from recexplore.models.transformer import Transformer, TransformerConfig
+from recexplore.errors import InputError
 from recexplore.models.trie import build_trie
 from recexplore.training import objectives
 
 EOS = 1
 SEQUENCES = [[2, 3, EOS], [2, 4, EOS], [5, EOS], [6, 3, EOS]]
-TRIE = jax.tree.map(jnp.asarray, build_trie(SEQUENCES, EOS, 8))
-CONFIG = TransformerConfig(
-    vocab_size=8,
-    num_layers=1,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=16,
-    max_length=12,
-)
+TRIE = jax.tree.map(jnp.asarray, build_trie(SEQUENCES, EOS, 12))
+# Shared beginnings at several depths, one description the beginning of another, long certain ends.
+MANY = [
+    *([2, b, c, EOS] for b in (3, 4, 5) for c in (2, 6, 7)),
+    *([3, b, EOS] for b in range(2, 8)),
+    [2, 3, EOS],
+    [8, 9, 9, 9, EOS],
+    [9, EOS],
+]
+MANY_TRIE = build_trie(MANY, EOS, 12)
+OBJECTIVES = {
+    "vocabulary": objectives.next_description_loss,
+    "constrained": objectives.constrained_description_loss,
+}
 
 
-def make(network):
-    model = network(CONFIG)
-    tokens = jnp.ones((1, 2), jnp.int32)
-    return model, nn.unbox(model.init(jax.random.key(0), tokens, method="prefill"))
-
-
-def batch(prompts, targets, seen=(), weights=None, labels=None):
-    rows = [[*p, *SEQUENCES[t]] for p, t in zip(prompts, targets, strict=True)]
-    mask = np.zeros((len(rows), len(SEQUENCES)), bool)
-    for row, clusters in zip(mask, seen or [()] * len(rows), strict=True):
-        row[list(clusters)] = True
+def example(prompt, target, seen=(), weight=1.0):
     return {
-        "tokens": jnp.array([row + [0] * (10 - len(row)) for row in rows], jnp.int32),
-        "prompt_lengths": jnp.array([len(p) for p in prompts], jnp.int32),
-        "lengths": jnp.array([len(row) for row in rows], jnp.int32),
-        "seen": jnp.asarray(mask),
-        "weight": jnp.array(weights or [1.0] * len(rows), jnp.float32),
-        "label": jnp.array(labels or [0.0] * len(rows), jnp.float32),
+        "prompt": prompt,
+        "description": SEQUENCES[target],
+        "seen": seen,
+        "weight": weight,
+        "label": 0.0,
     }
 
 
+def loss_of(objective, model, params, examples, key=None, **options):
+    batch = batch_of(examples, len(SEQUENCES))
+    run = jax.jit(lambda p, k: objective(model, p, TRIE, batch, k, **options))
+    return objectives.Sums(*map(float, run(params, key)))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def all_logits(model, params, tokens):
+    return model.apply(params, tokens)
+
+
 def by_hand(model, params, prompt, target, options):
-    """Sum over steps of log Σ exp z over `options(prefix)` minus the target's logit."""
-    total, sequence = 0.0, SEQUENCES[target]
+    """Sum over steps of log Σ exp z over `options(prefix)` minus the target's logit; and the share
+    of steps at which that logit is the highest."""
+    total, right, sequence = 0.0, 0, SEQUENCES[target]
+    padded = [*prompt, *sequence, 0, 0, 0, 0, 0][:8]
+    logits = np.asarray(all_logits(model, params, jnp.array([padded])), np.float64)[0]
     for depth, token in enumerate(sequence):
-        tokens = jnp.array([[*prompt, *sequence[:depth]]], jnp.int32)
-        logits = np.asarray(model.apply(params, tokens)[0, -1], np.float64)
-        total += np.logaddexp.reduce(logits[sorted(options(sequence[:depth]))]) - logits[token]
-    return total
+        at = logits[len(prompt) + depth - 1, sorted(options(sequence[:depth]))]
+        wanted = logits[len(prompt) + depth - 1, token]
+        total += np.logaddexp.reduce(at) - wanted
+        right += wanted == at.max()
+    return total, right / len(sequence)
 
 
 def leading_to(allowed):
@@ -65,62 +74,119 @@ def leading_to(allowed):
 
 
 def test_the_constrained_loss_normalises_over_clusters_not_seen():
-    model, params = make(Transformer)
-    examples = batch([[7, 5], [3]], [0, 3], seen=[(2,), (0, 1)], weights=[1.0, 3.0])
-    total, weight = objectives.constrained_description_loss(model, params, TRIE, examples)
-    first = by_hand(model, params, [7, 5], 0, leading_to([0, 1, 3]))
-    second = by_hand(model, params, [3], 3, leading_to([2, 3]))
-    assert float(total) == pytest.approx(first + 3 * second, rel=1e-4)
-    assert float(weight) == 4.0
+    model, params = bigram()
+    examples = [example([7, 5], 0, (2,)), example([3], 3, (0, 1), weight=3.0)]
+    found = loss_of(objectives.constrained_description_loss, model, params, examples)
+    first, right = by_hand(model, params, [7, 5], 0, leading_to([0, 1, 3]))
+    second, also_right = by_hand(model, params, [3], 3, leading_to([2, 3]))
+    assert found.loss == pytest.approx(first + 3 * second, rel=1e-4)
+    assert found.weight == 4.0
+    assert found.correct == pytest.approx(right + 3 * also_right)
 
 
 def test_the_vocabulary_loss_leaves_out_tokens_of_seen_clusters_only():
-    model, params = make(Transformer)
-    examples = batch([[7, 5]], [0], seen=[(2,)])
-    total, _ = objectives.next_description_loss(model, params, TRIE, examples)
-    everything = set(range(8))
-    expected = by_hand(model, params, [7, 5], 0, lambda p: everything - ({5} if not p else set()))
-    assert float(total) == pytest.approx(expected, rel=1e-4)
+    model, params = bigram()
+    found = loss_of(objectives.next_description_loss, model, params, [example([7, 5], 0, (2,))])
+    everything = set(range(12))
+    expected, right = by_hand(
+        model, params, [7, 5], 0, lambda p: everything - ({5} if not p else set())
+    )
+    assert found.loss == pytest.approx(expected, rel=1e-4)
+    assert found.correct == pytest.approx(right)
 
 
 def test_smoothing_spreads_over_open_clusters_in_training_only():
-    model, params = make(Transformer)
-    examples = batch([[7, 5]], [2], seen=[(0,)])
+    model, params = bigram()
+    loss = functools.partial(
+        loss_of,
+        objectives.constrained_description_loss,
+        model,
+        params,
+        [example([7, 5], 2, (0,))],
+    )
     key = jax.random.key(0)
-    loss = objectives.constrained_description_loss
-    plain, _ = loss(model, params, TRIE, examples, key, label_smoothing=0.0)
-    smooth, _ = loss(model, params, TRIE, examples, key, label_smoothing=0.3)
-    logits = np.asarray(model.apply(params, jnp.array([[7, 5]]))[0, -1], np.float64)
+    plain, smooth = loss(key, label_smoothing=0.0).loss, loss(key, label_smoothing=0.3).loss
+    logits = np.asarray(all_logits(model, params, jnp.array([[7, 5]]))[0, -1], np.float64)
     log_p = {t: logits[t] - np.logaddexp.reduce(logits[[2, 5, 6]]) for t in (2, 5, 6)}
     uniform = -(log_p[2] + log_p[5] + log_p[6]) / 3  # one open cluster below each
-    assert float(smooth) == pytest.approx(0.7 * float(plain) + 0.3 * uniform, rel=1e-4)
-    evaluated, _ = loss(model, params, TRIE, examples, label_smoothing=0.3)
-    assert float(evaluated) == pytest.approx(float(plain), rel=1e-5)
+    assert smooth == pytest.approx(0.7 * plain + 0.3 * uniform, rel=1e-4)
+    assert loss(label_smoothing=0.3).loss == pytest.approx(plain, rel=1e-5)
 
 
-def test_the_pointwise_loss_is_cross_entropy_with_soft_labels():
-    model, params = make(RewardModel)
-    params["params"]["head"] = jax.random.normal(jax.random.key(1), (16,))
-    examples = batch([[7, 5], [3]], [0, 2], weights=[2.0, 1.0], labels=[0.25, 1.0])
-    total, weight = objectives.pointwise_loss(model, params, TRIE, examples)
-    chance = 1 / (
-        1 + np.exp(-np.asarray(model.apply(params, examples["tokens"], examples["lengths"])))
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_and_gradients_are_those_of_the_slow_form(name, smoothing):
+    model, params = bigram()
+    batch = batch_of(random_examples(MANY, 8, seed=3), len(MANY))
+
+    def fast(params):
+        trie = jax.tree.map(jnp.asarray, MANY_TRIE)
+        key = jax.random.key(0)
+        return OBJECTIVES[name](model, params, trie, batch, key, label_smoothing=smoothing).loss
+
+    def slow(params):
+        within = name == "constrained"
+        return slow_description_loss(model, params, MANY_TRIE, batch, smoothing, within)
+
+    found, gradient = jax.jit(jax.value_and_grad(fast))(params)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(slow))(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient,
+        expected_gradient,
     )
-    expected = 2 * -(0.25 * np.log(chance[0]) + 0.75 * np.log(1 - chance[0])) - np.log(chance[1])
-    assert float(total) == pytest.approx(expected, rel=1e-4)
-    assert float(weight) == 3.0
 
 
-def test_misordered_pairs_are_counted_by_weight():
-    model, params = make(RewardModel)
-    params["params"]["head"] = jax.random.normal(jax.random.key(1), (16,))
-    prompts, targets = [[7, 5], [3], [4, 4], [4, 4]], [0, 2, 1, 1]
-    examples = batch(prompts, targets, weights=[2.0, 1.0, 3.0, 0.0], labels=[0.5, 1.0, 0.1, 0.9])
-    scores = np.asarray(model.apply(params, examples["tokens"], examples["lengths"]))
-    pairs = [(1, 0, 2.0), (0, 2, 6.0), (1, 2, 3.0)]  # better, worse, weight
-    wrong, total = objectives.misordered_pairs(model, params, TRIE, examples)
-    assert float(total) == 11.0
-    assert float(wrong) == sum(w for high, low, w in pairs if scores[high] < scores[low])
-    constant = jax.tree.map(jnp.zeros_like, params)
-    wrong, total = objectives.misordered_pairs(model, constant, TRIE, examples)
-    assert float(wrong) == 5.5
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_has_no_weight_or_no_cluster_unseen_leaves_everything_finite(name):
+    model, params = bigram()
+    padding = {"prompt": [0], "description": [], "seen": (), "weight": 0.0, "label": 0.0}
+    everything = example([7], 1, range(4))  # even the target: it is taken for possible
+    batch = batch_of([padding, everything], len(SEQUENCES))
+
+    def loss(params):
+        return OBJECTIVES[name](model, params, TRIE, batch, jax.random.key(0)).loss
+
+    found, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert 0 <= float(found) < 30
+    if name == "constrained":  # nothing else could follow
+        assert float(found) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_single_cluster_is_certain():
+    model, params = bigram()
+    batch = batch_of([example([7], 2)], 1)
+    trie = jax.tree.map(jnp.asarray, build_trie([[5, EOS]], EOS, 12))
+    found = objectives.constrained_description_loss(model, params, trie, batch)
+    assert tuple(map(float, found)) == (0.0, 1.0, 1.0)
+
+
+def test_no_array_is_as_wide_as_the_vocabulary_but_the_logits_and_their_gradient():
+    width, num_examples = 8192, 4
+    model, params = bigram(width)
+    batch = batch_of([example([7], 0, (1,))] * num_examples, len(SEQUENCES))
+    size = num_examples * TRIE.max_length * width * 4
+
+    def temporary_bytes(objective):
+        def loss(params, batch):
+            key = jax.random.key(0)
+            return objective(model, params, TRIE, batch, key).loss
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    table = 2 * width * model.model_dim * 4  # the parameters
+    assert temporary_bytes(objectives.next_description_loss) < 2.5 * size + 2 * table
+    assert temporary_bytes(objectives.constrained_description_loss) < 2 * table
+
+
+def test_wrong_models_and_settings_are_named():
+    model, params = reward_model()
+    batch = batch_of([example([7], 0)], len(SEQUENCES))
+    with pytest.raises(InputError, match="RewardModel predicts no tokens.*pipeline.train.objec"):
+        objectives.next_description_loss(model, params, TRIE, batch)
+    model, params = bigram()
+    with pytest.raises(InputError, match="next_description_loss.label_smoothing is 1.5; it must"):
+        objectives.next_description_loss(model, params, TRIE, batch, label_smoothing=1.5)
