@@ -37,12 +37,13 @@ setup() {
   fi
   tar -xzf "$archive"
   tar -tzf "$archive" | sed '/\/$/d' >../files
-  # recexplore wants Python 3.11 or later; TPU images of Ubuntu 22.04 have 3.10. uv brings one.
+  # TPU images of Ubuntu 22.04 have Python 3.10, which is too old for recexplore; uv brings another.
+  # Later ones than 3.11 would also bring a later JAX than recexplore is tested with.
   if ! command -v uv >/dev/null; then
     curl -LsSf https://astral.sh/uv/install.sh | sh ||
       fail "uv could not be installed from astral.sh. Has this worker a way out (Cloud NAT)?"
   fi
-  [ -x ../environment/bin/python ] || uv venv --quiet --python '>=3.11,<3.14' ../environment
+  [ -x ../environment/bin/python ] || uv venv --quiet --python 3.11 ../environment
   VENV="$HERE/environment"
   # shellcheck source=scripts/environment.sh
   . scripts/environment.sh
@@ -127,4 +128,18 @@ stop() {
   report
 }
 
-"$@"
+main() {
+  local verb="$1"
+  shift
+  case "$verb" in
+    setup) setup "$@" ;;
+    run) run "$@" ;;
+    job) job "$@" ;;
+    logs) logs "$@" ;;
+    stop) stop "$@" ;;
+    *) fail "there is no verb $verb" ;;
+  esac
+}
+
+# One line, so that bash has read all it needs when setup puts another script in this one's place.
+main "$@"; exit

@@ -66,7 +66,7 @@ def test_setup_installs_on_every_worker_and_replaces_only_what_it_brought(cloud)
     for home in cloud.homes:
         assert (home / "recexplore/source/setup.py").read_text() == "first\n"
         venv, pip = (home / "uv").read_text().splitlines()
-        assert venv.endswith("source: venv --quiet --python >=3.11,<3.14 ../environment")
+        assert venv.endswith("source: venv --quiet --python 3.11 ../environment")
         python = home / "recexplore/environment/bin/python"
         assert pip.endswith(f"source: pip install --quiet --python {python} --editable .[tpu]")
         (home / "recexplore/source/made by a job").write_text("kept")
@@ -94,6 +94,8 @@ def test_a_job_goes_on_without_the_connection_and_saves_when_stopped(cloud):
     assert again.stdout.count("this command is running already") == 2
     other = cloud.launch("run", "--", "recexplore", "train")
     assert other.returncode == 1 and "another job is running: bash -c trap" in other.stderr
+    longer = cloud.root / "scripts/tpu_worker.sh"  # is copied over the one that runs
+    longer.write_text(longer.read_text() + "touch read-on\n" * 9)
     refused = cloud.launch("setup")
     assert refused.returncode == 1 and "Stop it first: tpu_vm.sh stop" in refused.stderr
     assert "the job is running" in cloud.launch("logs").stdout
@@ -105,6 +107,7 @@ def test_a_job_goes_on_without_the_connection_and_saves_when_stopped(cloud):
         first, *_, saved, ended = logged(cloud, worker).splitlines()
         assert first.endswith("Z bash -c " + TRAINING + " it's one")
         assert saved == "saved" and ended.endswith("ended with status 7")
+        assert not list(cloud.homes[worker].rglob("read-on"))
 
 
 def test_the_same_command_goes_on_in_the_same_log(cloud):
