@@ -45,32 +45,12 @@ class Segment(NamedTuple):
     positions: Int[Array, "*leading T"]
 
 
-def rotate(
-    x: Float[Array, "*leading T heads head_dim"],
-    positions: Int[Array, "*leading T"],
-    theta: float,
-) -> Float[Array, "*leading T heads head_dim"]:
-    """Rotary position embedding (Su et al. 2021): the two halves of a head are the pairs' parts.
-
-    Args:
-      x: queries or keys.
-      positions: position of every token.
-      theta: base of the wavelengths.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * _like(frequencies, x.ndim)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
 def attend(
     queries: Float[Array, "*batch T H head_dim"],
     segments: tuple[KeyValues, ...],
     masks: tuple[Bool[Array, "..."], ...],
     softcap: float = 0.0,
+    scale: float = 0.0,
 ) -> Float[Array, "*batch T H head_dim"]:
     """Grouped-query attention of `queries` to all segments at once.
 
@@ -80,6 +60,7 @@ def attend(
       masks: for every segment a mask that broadcasts to [*batch, T, T of the segment]; True where a
         query may look. A query that may look nowhere gets the mean of all values.
       softcap: logits x become softcap · tanh(x / softcap) (Gemma 2); 0 leaves them as they are.
+      scale: factor of the logits, before the softcap; 0 is head_dim ** -0.5.
 
     Returns:
       The attended values, in the queries' dtype; the softmax is computed in float32.
@@ -88,9 +69,10 @@ def attend(
     num_groups = segments[0].keys.shape[-2]
     grouped = queries.reshape(*batch, num_queries, num_groups, num_heads // num_groups, head_dim)
     beside = tuple(_insert_head(mask, len(batch)) for mask in masks)
+    scale = scale or head_dim**-0.5
 
     def of_group(queries, segments):
-        return _attend_group(queries, segments, beside, softcap)
+        return _attend_group(queries, segments, beside, softcap, scale)
 
     # One group at a time as a reader sees it; the batched axis comes first, as products want it.
     mixed = jax.vmap(of_group, in_axes=(-3, -2), out_axes=-3)(grouped, segments)
@@ -102,12 +84,13 @@ def _attend_group(
     segments: tuple[KeyValues, ...],
     masks: tuple[Bool[Array, "..."], ...],
     softcap: float,
+    scale: float,
 ) -> Float[Array, "*batch T R head_dim"]:
     """R heads that share keys and values, whose axis G is gone; masks broadcast to [*batch, T, R,
     T of the segment]."""
     blocks = []
     for segment, mask in zip(segments, masks, strict=True):
-        scores = _scores(queries, segment.keys) * queries.shape[-1] ** -0.5
+        scores = _scores(queries, segment.keys) * scale
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
         blocks.append(jnp.where(mask, scores, _MASKED))
@@ -147,7 +130,3 @@ def _insert_head(mask: Array, batch_ndim: int) -> Array:
     missing = batch_ndim + 2 - mask.ndim
     mask = mask.reshape((1,) * missing + mask.shape)
     return mask[..., None, :]
-
-
-def _like(vector: Array, ndim: int) -> Array:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)

@@ -1,19 +1,24 @@
 """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
-Parameter names and logical axes follow T5X: token_embedder, layers (scanned), decoder_norm; vocab,
-embed, heads, kv, mlp, layers.
+By `TransformerConfig` it is one of the Llama 3, Qwen 2.5, Qwen 3, Gemma 2 or Gemma 3 (text) family,
+or a small network of its own. Parameter names and logical axes follow T5X: token_embedder, layers
+(scanned), decoder_norm; vocab, embed, heads, kv, mlp, layers.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from recexplore.errors import InputError
-from recexplore.models.attention import KeyValues, Segment, attend, rotate
+from recexplore.models import rotary
+from recexplore.models.attention import KeyValues, Segment
+from recexplore.models.layers import ACTIVATIONS, EVERYTHING, Block, RMSNorm, Sight
+
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +34,32 @@ class TransformerConfig:
       head_dim: width of a head, even.
       mlp_dim: width of the gated MLP's hidden layer.
       max_length: longest sequence, prompt and description together.
-      rope_theta: base of the rotary wavelengths.
+      activation: of the MLP's gate: "silu", or "gelu" (its tanh approximation; Gemma).
+      norm_epsilon: added to the mean square.
+      norm_offset: norms multiply by scale + norm_offset (Gemma: 1), which is 1 at the start.
+      post_norms: a norm after attention and after the MLP too, before they are added (Gemma 2, 3).
+      qk_norm: queries and keys are normalised over head_dim before rotation (Qwen 3, Gemma 3).
+      scaled_embeddings: embeddings are multiplied by sqrt(model_dim) (Gemma).
+      attention_bias: queries, keys and values have biases (Qwen 2.5).
+      attention_scale: factor of the attention logits; 0 is head_dim ** -0.5.
       attention_windows: how far back the layers look, in tokens, themselves included, as a pattern
         that repeats from the first layer on; 0 is everything. (4096, 0) alternates.
       attention_softcap: bound of the attention logits (Gemma 2); 0 is none.
       logit_softcap: bound of the output logits; 0 is none.
+      rope_theta: base of the rotary wavelengths.
+      rope_local_theta: base in layers with an attention window, never scaled (Gemma 3); 0 is
+        rope_theta, scaled or not, in all layers.
+      rope_scaling: how wavelengths are stretched for long contexts: "none", "linear" (all of them
+        by rope_factor) or "llama3" (the long ones; see `rotary.stretched`).
+      rope_factor: by how much.
+      rope_low_frequency_factor: for "llama3".
+      rope_high_frequency_factor: for "llama3".
+      rope_original_length: for "llama3": the context before, in tokens.
       tied_embeddings: the output layer is the embedding table; otherwise one of its own, which
         starts at zero.
       dropout_rate: on the embeddings and on what each block adds.
-      dtype: of activations; parameters are float32.
+      dtype: of activations; parameters are cast to it where they are used.
+      param_dtype: of the parameters; bfloat16 halves a frozen network.
       scan_unroll: layers compiled side by side; more run faster and compile longer.
     """
 
@@ -49,35 +71,55 @@ class TransformerConfig:
     head_dim: int
     mlp_dim: int
     max_length: int
-    rope_theta: float = 10_000.0
+    activation: str = "silu"
+    norm_epsilon: float = 1e-6
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    qk_norm: bool = False
+    scaled_embeddings: bool = False
+    attention_bias: bool = False
+    attention_scale: float = 0.0
     attention_windows: tuple[int, ...] = (0,)
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    rope_theta: float = 10_000.0
+    rope_local_theta: float = 0.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length: int = 8192
     tied_embeddings: bool = True
     dropout_rate: float = 0.0
     dtype: str = "float32"
+    param_dtype: str = "float32"
     scan_unroll: int = 1
 
     def __post_init__(self):
-        for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
+        windows = tuple(self.attention_windows)  # gin and JSON have lists
+        object.__setattr__(self, "attention_windows", windows)
+        for field in _FROM_ONE:
             self._check(getattr(self, field) >= 1, field, "must be at least 1")
+        for field in _POSITIVE:
+            self._check(getattr(self, field) > 0, field, "must be positive")
+        for field in _NOT_NEGATIVE:
+            self._check(getattr(self, field) >= 0, field, "must not be negative")
+        for field, choices in _CHOICES.items():
+            known = f"must be one of {', '.join(choices)}"
+            self._check(getattr(self, field) in choices, field, known)
         self._check(
             self.num_heads % self.num_kv_heads == 0, "num_kv_heads", "must divide num_heads"
         )
         self._check(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even")
-        self._check(self.mlp_dim >= 1, "mlp_dim", "must be at least 1")
-        self._check(self.scan_unroll >= 1, "scan_unroll", "must be at least 1")
-        self._check(self.max_length >= 1, "max_length", "must be at least 1")
-        windows = tuple(self.attention_windows)  # gin and JSON have lists
-        object.__setattr__(self, "attention_windows", windows)
         self._check(
             len(windows) >= 1 and min(windows) >= 0, "attention_windows", "must be sizes from 0 on"
         )
-        self._check(self.attention_softcap >= 0, "attention_softcap", "must not be negative")
-        self._check(self.logit_softcap >= 0, "logit_softcap", "must not be negative")
+        self._check(
+            self.rope_high_frequency_factor > self.rope_low_frequency_factor,
+            "rope_high_frequency_factor",
+            "must be above rope_low_frequency_factor",
+        )
         self._check(0.0 <= self.dropout_rate < 1.0, "dropout_rate", "must lie in [0, 1)")
-        known = ("float32", "bfloat16")
-        self._check(self.dtype in known, "dtype", f"must be one of {', '.join(known)}")
 
     def _check(self, ok: bool, field: str, rule: str) -> None:
         if not ok:
@@ -86,128 +128,18 @@ class TransformerConfig:
             )
 
 
-def _parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, fan_in: int) -> Array:
-    """A kernel in float32 with its logical axes, cast to the computation's dtype."""
-    initializer = nn.initializers.normal(stddev=fan_in**-0.5)
-    boxed = nn.with_logical_partitioning(initializer, axes)
-    return module.param(name, boxed, shape, jnp.float32).astype(module.config.dtype)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019), computed in float32."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        initializer = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale = self.param("scale", initializer, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
-        return (normal * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-
-
-class Sight(NamedTuple):
-    """What the new tokens may look at; the same in all layers but for their windows.
-
-    Attributes:
-      positions: of the new tokens.
-      masks: for every segment, and at last for the new tokens themselves, where they may look.
-      distances: how far back that is, in the same shapes; None where no layer has a window.
-    """
-
-    positions: Int[Array, "*batch T"]
-    masks: tuple[Bool[Array, "..."], ...]
-    distances: tuple[Int[Array, "..."], ...] | None
-
-    def at(self, places: Int[Array, "*batch R"]) -> "Sight":
-        """What those of the new tokens may look at."""
-        ndim = places.ndim + 1
-
-        def pick(x):  # [*batch, T, S], with size-1 axes
-            x = x.reshape((1,) * (ndim - x.ndim) + x.shape)
-            return x if x.shape[-2] == 1 else _take_tokens(x, places)
-
-        distances = self.distances and tuple(map(pick, self.distances))
-        positions = jnp.take_along_axis(self.positions, places, axis=-1)
-        return Sight(positions, tuple(map(pick, self.masks)), distances)
-
-    def masks_within(self, window: Int[Array, ""]) -> tuple[Bool[Array, "..."], ...]:
-        """The masks of a layer that looks `window` tokens back."""
-        if self.distances is None:
-            return self.masks
-        return tuple(
-            mask.reshape((1,) * (distance.ndim - mask.ndim) + mask.shape) & (distance < window)
-            for mask, distance in zip(self.masks, self.distances, strict=True)
-        )
-
-
-class Attention(nn.Module):
-    """Rotary grouped-query attention to context segments and to the tokens themselves.
-
-    With `read_at`, only those of the tokens look; all of them can be looked at.
-    """
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x, context, sight, window, read_at=None):
-        c = self.config
-        heads, groups = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-        query = _parameter(
-            self, "query", (c.model_dim, *heads), ("embed", "heads", "kv"), c.model_dim
-        )
-        key = _parameter(self, "key", (c.model_dim, *groups), ("embed", "heads", "kv"), c.model_dim)
-        value = _parameter(
-            self, "value", (c.model_dim, *groups), ("embed", "heads", "kv"), c.model_dim
-        )
-        out_fan_in = c.num_heads * c.head_dim
-        out = _parameter(self, "out", (*heads, c.model_dim), ("heads", "kv", "embed"), out_fan_in)
-        keys = rotate(jnp.einsum("...d,dhk->...hk", x, key), sight.positions, c.rope_theta)
-        own = KeyValues(keys, jnp.einsum("...d,dhk->...hk", x, value))
-        if read_at is not None:
-            x, sight = _take_tokens(x, read_at), sight.at(read_at)
-        queries = rotate(jnp.einsum("...d,dhk->...hk", x, query), sight.positions, c.rope_theta)
-        mixed = attend(queries, (*context, own), sight.masks_within(window), c.attention_softcap)
-        return jnp.einsum("...hk,hkd->...d", mixed, out), own
-
-
-class GatedMLP(nn.Module):
-    """SiLU-gated linear unit (Shazeer 2020)."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        gate = _parameter(self, "wi_0", (c.model_dim, c.mlp_dim), ("embed", "mlp"), c.model_dim)
-        up = _parameter(self, "wi_1", (c.model_dim, c.mlp_dim), ("embed", "mlp"), c.model_dim)
-        down = _parameter(self, "wo", (c.mlp_dim, c.model_dim), ("mlp", "embed"), c.mlp_dim)
-        return (nn.silu(x @ gate) * (x @ up)) @ down
-
-
-class Block(nn.Module):
-    """One layer: attention and MLP, each normalised before and added to the residual stream.
-
-    With `read_at`, what comes out are those of the tokens.
-    """
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x, context, window, sight, deterministic, read_at=None):
-        drop = nn.Dropout(self.config.dropout_rate, deterministic=deterministic)
-        with jax.named_scope("attention"):
-            normal = RMSNorm(self.config, name="pre_attention_layer_norm")(x)
-            mixed, own = Attention(self.config, name="self_attention")(
-                normal, context, sight, window, read_at
-            )
-            x = x if read_at is None else _take_tokens(x, read_at)
-            x = x + drop(mixed)
-        with jax.named_scope("mlp"):
-            normal = RMSNorm(self.config, name="pre_mlp_layer_norm")(x)
-            x = x + drop(GatedMLP(self.config, name="mlp")(normal))
-        return x, own
+_FROM_ONE = (
+    *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_dim"),
+    *("max_length", "scan_unroll", "rope_original_length"),
+)
+_POSITIVE = ("norm_epsilon", "rope_theta", "rope_factor", "rope_low_frequency_factor")
+_NOT_NEGATIVE = ("attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta")
+_CHOICES = {
+    "activation": tuple(ACTIVATIONS),
+    "rope_scaling": ("none", "linear", "llama3"),
+    "dtype": _DTYPES,
+    "param_dtype": _DTYPES,
+}
 
 
 class Transformer(nn.Module):
@@ -224,12 +156,12 @@ class Transformer(nn.Module):
             nn.initializers.normal(stddev=c.model_dim**-0.5), ("vocab", "embed")
         )
         self.token_embedder = self.param(
-            "token_embedder", initializer, (c.vocab_size, c.model_dim), jnp.float32
+            "token_embedder", initializer, (c.vocab_size, c.model_dim), c.param_dtype
         )
         if not c.tied_embeddings:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab", "embed"))
             self.logits_dense = self.param(
-                "logits_dense", zeros, (c.vocab_size, c.model_dim), jnp.float32
+                "logits_dense", zeros, (c.vocab_size, c.model_dim), c.param_dtype
             )
         scanned = nn.scan(
             Block,
@@ -294,6 +226,8 @@ class Transformer(nn.Module):
         sight = self._sight(positions, (*context_masks, own_mask), context)
         kept = tuple(KeyValues(segment.keys, segment.values) for segment in context)
         x = jnp.take(self.token_embedder, tokens, axis=0).astype(self.config.dtype)
+        if self.config.scaled_embeddings:
+            x = x * jnp.asarray(self.config.model_dim**0.5, x.dtype)  # rounded, as Gemma's is
         x = self.dropout(x, deterministic=deterministic)
         if read_at is not None and not deterministic:
             raise ValueError("read_at is for inference; it has no dropout.")
@@ -347,22 +281,36 @@ class Transformer(nn.Module):
     def _windows(self) -> Int[Array, "L"]:
         """How far back each layer looks."""
         c = self.config
-        pattern = [window or jnp.iinfo(jnp.int32).max for window in c.attention_windows]
+        pattern = [window or EVERYTHING for window in c.attention_windows]
         return jnp.resize(jnp.array(pattern, jnp.int32), (c.num_layers,))
 
+    def _frequencies(self) -> tuple[np.ndarray, ...]:
+        """Of the rotary embedding; if layers with a window have their own, those come second."""
+        c = self.config
+        plain = rotary.frequencies(c.head_dim, c.rope_theta)
+        if c.rope_scaling == "linear":
+            plain = plain / c.rope_factor
+        elif c.rope_scaling == "llama3":
+            plain = rotary.stretched(
+                plain,
+                c.rope_factor,
+                c.rope_low_frequency_factor,
+                c.rope_high_frequency_factor,
+                c.rope_original_length,
+            )
+        if not c.rope_local_theta:
+            return (plain,)
+        return plain, rotary.frequencies(c.head_dim, c.rope_local_theta)
+
     def _sight(self, positions, masks, context) -> Sight:
+        # Once for all layers: a loop over layers would compute cosines in each.
+        rotations = tuple(rotary.rotation(positions, by) for by in self._frequencies())
         if not any(self.config.attention_windows):
-            return Sight(positions, masks, None)
+            return Sight(rotations, masks, None)
         kept = [_beside(segment.positions, positions.ndim) for segment in context]
         own = positions[..., None, :]
         distances = tuple(positions[..., :, None] - at for at in (*kept, own))
-        return Sight(positions, masks, distances)
-
-
-def _take_tokens(x: Array, places: Int[Array, "*batch R"]) -> Array:
-    """[*batch, T, width] → [*batch, R, width]; size-1 axes of the batch are stretched."""
-    x = jnp.broadcast_to(x, (*places.shape[:-1], *x.shape[-2:]))
-    return jnp.take_along_axis(x, places[..., None], axis=-2)
+        return Sight(rotations, masks, distances)
 
 
 def _beside(positions: Int[Array, "*leading S"], ndim: int) -> Int[Array, "..."]:

@@ -72,7 +72,9 @@ def test_logits_of_some_tokens_are_those_of_the_whole_vocabulary(changes):
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_hidden_states_of_some_places_are_those_of_reading_all(num_layers):
-    model, params = make(num_layers=num_layers, attention_windows=(0, 2, 4))
+    model, params = make(
+        num_layers=num_layers, attention_windows=(0, 2, 4), rope_local_theta=50.0, qk_norm=True
+    )
     _, before = apply(model, params, some_tokens(3, seed=3), method="prefill")
     length = 5
     places = jnp.array([[0, 4], [3, 3]])
@@ -158,6 +160,15 @@ def test_a_described_network_is_rebuilt():
         ("attention_windows", (4, -1)),
         ("attention_softcap", -1.0),
         ("logit_softcap", -1.0),
+        ("attention_scale", -1.0),
+        ("activation", "relu"),
+        ("norm_epsilon", 0.0),
+        ("rope_theta", 0.0),
+        ("rope_local_theta", -1.0),
+        ("rope_scaling", "yarn"),
+        ("rope_factor", 0.0),
+        ("rope_high_frequency_factor", 1.0),
+        ("param_dtype", "float16"),
         ("dropout_rate", 1.0),
         ("dtype", "int8"),
     ],
