@@ -64,7 +64,7 @@ class Said(NamedTuple):
     values: dict[str, Any]
     pictures: bool
 
-    def get(self, key: str, kind: type | tuple[type, ...], least: float | None = 0) -> Any:
+    def get(self, key: str, kind: type | tuple[type, ...], least: int = 0) -> Any:
         """An entry of a certain type, a number no less than `least`.
 
         Raises:
@@ -72,7 +72,7 @@ class Said(NamedTuple):
         """
         value = self.values.get(key)
         wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-        if wrong or (isinstance(value, int | float) and least is not None and value < least):
+        if wrong or (isinstance(value, int | float) and value < least):
             raise InputError(
                 f"{self.path} has {key} {value!r}, which can't be. Download the model again."
             )

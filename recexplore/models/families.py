@@ -139,7 +139,7 @@ def family_of(config: TransformerConfig) -> str:
         raise _not_exportable("attention_windows", config, "of one size besides 0")
     if config.model_dim % config.num_heads:
         raise _not_exportable("model_dim", config, "a multiple of num_heads in transformers")
-    if config.lora_rank:
+    if getattr(config, "lora_rank", 0):
         raise _not_exportable("lora_rank", config, "0: merge the adapters into the parameters")
     return name
 

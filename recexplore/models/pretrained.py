@@ -54,7 +54,7 @@ def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -
     """The parameters in a Hugging Face folder, as `Transformer` takes them.
 
     Every process reads only what its own devices hold. Beside the arrays themselves no more than
-    one device's piece of one parameter is in the host's memory; on CPU that piece becomes the array.
+    one device's piece of one parameter is in the host's memory; on CPU the piece becomes the array.
 
     Args:
       folder: has config.json and safetensors files in float32, float16 or bfloat16.
@@ -125,7 +125,9 @@ def save(
     with _new_folder(folder) if writes else contextlib.nullcontext() as temporary:
         for file, shard in zip(files, shards, strict=True):
             tensors = {
-                name: table[path].to_stored(_on_host(flat[path], layer, table[path].in_layers, dtype))
+                name: table[path].to_stored(
+                    _on_host(flat[path], layer, table[path].in_layers, dtype)
+                )
                 for name, (path, layer) in shard.items()
             }
             if writes:
