@@ -31,7 +31,6 @@ from recexplore.models.checkpoint_files import (
 )
 from recexplore.models.config_file import CONFIG_FILE, check_config, read_config, read_file
 from recexplore.models.families import config_json, family_of
-from recexplore.models.saved import abstract_parameters
 from recexplore.models.tensor_names import (
     EMBEDDING_TABLE,
     MODEL,
@@ -40,7 +39,7 @@ from recexplore.models.tensor_names import (
     axis_sizes,
     tensor_names,
 )
-from recexplore.models.transformer import Transformer, TransformerConfig
+from recexplore.models.transformer import TransformerConfig
 
 __all__ = ["check_config", "family_of", "load", "read_config", "save"]
 
@@ -76,16 +75,16 @@ def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -
     table = tensor_names(said.family, config.tied_embeddings)
     sizes = axis_sizes(config)
     _check_tensors(folder, stored, table, sizes, config)
-    abstract = abstract_parameters(Transformer(config))["params"]
-    placed = {}
-    if shardings is not None:
-        check_shapes(abstract, shardings["params"])
-        placed = flatten_dict(shardings["params"], sep="/")
+    abstract = _abstract(table, config)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = dict.fromkeys(abstract, here)
+    if shardings is not None:
+        check_shapes(unflatten_dict(abstract, sep="/"), shardings["params"])
+        placed = flatten_dict(shardings["params"], sep="/")
     params = {}
-    for path, leaf in flatten_dict(abstract, sep="/").items():
-        sources = [stored[name] for name in table[path].names(config.num_layers)]
-        params[path] = _place(table[path], sources, leaf, placed.get(path, here), sizes)
+    for path, tensor in table.items():
+        sources = [stored[name] for name in tensor.names(config.num_layers)]
+        params[path] = _place(tensor, sources, abstract[path], placed[path], sizes)
     return {"params": unflatten_dict(params, sep="/")}
 
 
@@ -115,7 +114,7 @@ def save(
     folder = Path(folder)
     table = tensor_names(family_of(config), config.tied_embeddings)
     entries, dtype = config_json(config), config.param_dtype
-    flat = _checked_parameters(params, config)
+    flat = _checked_parameters(params, _abstract(table, config))
     _check_destination(folder, tokenizer_files)
     shards = _shards(table, config, shard_bytes)
     files = [SINGLE_FILE]
@@ -135,11 +134,25 @@ def save(
         if writes:
             _write_json(temporary / CONFIG_FILE, entries)
             if len(shards) > 1:
-                _write_json(temporary / INDEX_FILE, _index(files, shards, config))
+                _write_json(temporary / INDEX_FILE, _index(files, shards, _abstract(table, config)))
             for path in tokenizer_files:
                 shutil.copyfile(path, temporary / Path(path).name)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def _abstract(
+    table: Mapping[str, Tensor], config: TransformerConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the network's parameters by path."""
+    sizes = axis_sizes(config)
+    shapes = {}
+    for path, tensor in table.items():
+        layers = [config.num_layers] if tensor.in_layers else []
+        shapes[path] = jax.ShapeDtypeStruct(
+            (*layers, *(sizes[axis] for axis in tensor.kept)), config.param_dtype
+        )
+    return shapes
 
 
 def _check_tensors(
@@ -191,7 +204,7 @@ def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
     same = output.shape == embedding.shape
     rows = max(1, _BLOCK_BYTES // (4 * output.shape[-1]))
     for start in range(0, output.shape[0] if same else 0, rows):
-        part = (slice(start, start + rows),)
+        part = (slice(start, min(start + rows, output.shape[0])),)
         same = same and np.array_equal(output.read(part), embedding.read(part))
     if not same:
         raise InputError(
@@ -286,13 +299,14 @@ def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _checked_parameters(params: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
+def _checked_parameters(
+    params: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Any]:
     """Parameters by path.
 
     Raises:
       InputError: they aren't those of the network.
     """
-    wanted = flatten_dict(abstract_parameters(Transformer(config))["params"], sep="/")
     flat = flatten_dict(dict(params.get("params", {})), sep="/")
     if {*params} != {"params"} or {*flat} != {*wanted}:
         odd = {*params} - {"params"} or {*flat} ^ {*wanted}
@@ -354,11 +368,13 @@ def _on_host(parameter: Any, layer: int, in_layers: bool, dtype: str) -> np.ndar
 
 
 def _index(
-    files: list[str], shards: list[dict[str, tuple[str, int]]], config: TransformerConfig
+    files: list[str],
+    shards: list[dict[str, tuple[str, int]]],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, Any]:
-    parameters = jax.tree.leaves(abstract_parameters(Transformer(config))["params"])
+    total = sum(x.size * x.dtype.itemsize for x in abstract.values())
     return {
-        "metadata": {"total_size": sum(x.size * x.dtype.itemsize for x in parameters)},
+        "metadata": {"total_size": total},
         "weight_map": {
             name: file for file, shard in zip(files, shards, strict=True) for name in shard
         },
