@@ -48,6 +48,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pyarrow>=20.0",
         "rich>=13.7",
+        "safetensors>=0.8",
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "sentencepiece>=0.2.0",
