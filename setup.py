@@ -58,6 +58,7 @@ setup(
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.10",
         "tensorflow-text>=2.21.1",
+        "tokenizers>=0.21",
     ],
     extras_require={
         "test": _TEST,

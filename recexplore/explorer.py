@@ -26,7 +26,7 @@ from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import Transformer
 from recexplore.models.trie import Trie, build_trie, exclude_mask
 from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
-from recexplore.tasks.vocabulary import EOS_ID, UNKNOWN_ID, Vocabulary
+from recexplore.tasks.vocabulary import Vocabulary, check_embedding
 
 NETWORK = "network.json"
 _PAIRS_AT_ONCE = 1 << 25  # of nodes of the exhaustive trunk, over a batch
@@ -39,21 +39,8 @@ def description_trie(vocabulary: Vocabulary, descriptions: Sequence[str]) -> Tri
     Raises:
       InputError: the vocabulary can't spell one, or can't tell two apart.
     """
-    sequences = [vocabulary.encode_description(text) for text in descriptions]
-    spelt: dict[tuple[int, ...], str] = {}
-    for text, sequence in zip(descriptions, sequences, strict=True):
-        if UNKNOWN_ID in sequence:
-            raise InputError(
-                f"The vocabulary {vocabulary.path} can't spell the description {text!r}. Make it "
-                "again with `recexplore tokenize`."
-            )
-        other = spelt.setdefault(tuple(sequence), text)
-        if other is not text:
-            raise InputError(
-                f"The vocabulary {vocabulary.path} can't tell the descriptions {other!r} and "
-                f"{text!r} apart. Clusters must differ in words that it knows."
-            )
-    return build_trie(sequences, EOS_ID, vocabulary.size)
+    sequences = vocabulary.encode_descriptions(descriptions)
+    return build_trie(sequences, vocabulary.eos_id, vocabulary.size, vocabulary.pad_id)
 
 
 def load_model(folder: Path, vocabulary: Vocabulary) -> Model:
@@ -63,11 +50,7 @@ def load_model(folder: Path, vocabulary: Vocabulary) -> Model:
       InputError: there is none, or it was made for another vocabulary.
     """
     network = saved.rebuild(artifacts.read_json(folder / NETWORK))
-    if network.config.vocab_size != vocabulary.size:
-        raise InputError(
-            f"{folder} holds a model for a vocabulary of {network.config.vocab_size} pieces, but "
-            f"{vocabulary.path} has {vocabulary.size}. Train the model again."
-        )
+    check_embedding(vocabulary, network.config.vocab_size, folder)
     return Model(network, saved.load_parameters(folder, network))
 
 
@@ -129,7 +112,8 @@ class Explorer:
         """
         self._check_exist(histories)
         prefix = self._vocabulary.prefix
-        ready = Ready(novelty, alignment, (prefix, prefix), self._trie)
+        padding = self._vocabulary.pad_id
+        ready = Ready(novelty, alignment, (prefix, prefix), self._trie, pad_id=padding)
         batch = Batch(
             self._prompts(novelty_prompt, histories, novelty),
             self._prompts(alignment_prompt, histories, alignment),
@@ -174,7 +158,7 @@ class Explorer:
             )(excluded)
 
         self._check_exist(histories)
-        check_model("novelty", novelty, Transformer, self._vocabulary.prefix, self._trie)
+        self._check_model("novelty", novelty, Transformer)
         rows = (self._prompts(novelty_prompt, histories, novelty), excluded)
         return self._in_batches(step, novelty, rows, progress)
 
@@ -192,7 +176,7 @@ class Explorer:
             return exhaustive.all_scores(alignment.network, params, trie, tree, context)
 
         self._check_exist(histories)
-        check_model("alignment", alignment, RewardModel, self._vocabulary.prefix, self._trie)
+        self._check_model("alignment", alignment, RewardModel)
         rows = self._prompts(alignment_prompt, histories, alignment)
         return self._in_batches(step, alignment, rows, progress)
 
@@ -209,6 +193,10 @@ class Explorer:
                     f"History {list(history)} names a cluster that doesn't exist; there are "
                     f"0..{count - 1}."
                 )
+
+    def _check_model(self, name: str, model: Model, kind: type) -> None:
+        vocabulary = self._vocabulary
+        check_model(name, model, kind, vocabulary.prefix, self._trie, vocabulary.pad_id)
 
     def _in_batches(self, step: Callable[..., Any], model: Model, rows: Any, progress) -> Any:
         prefix = prefix_cache(

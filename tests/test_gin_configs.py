@@ -24,7 +24,7 @@ SIZES = {"models/micro.gin": 5e5, "models/tiny.gin": 2e6, "models/small.gin": 20
 def test_every_file_is_covered_here():
     files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.gin")}
     data = {name for name in files if name.startswith("data/")}
-    assert files == {*RUNS, *SIZES, *data, "pipeline.gin"}
+    assert files == {*RUNS, *SIZES, *data, "pipeline.gin", "models/pretrained_tokenizer.gin"}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -35,6 +35,22 @@ def test_every_run_is_complete_and_every_binding_used(name):
     configuration.check_all_used([(stage.selector, stage.model) for stage in stages])
     for stage in stages:
         configuration.check_required(stage.selector, stage.model)
+
+
+def test_a_pretrained_tokenizer_goes_with_any_run():
+    tokenize = "recexplore.pipeline.tokenize"
+    files = ["runs/demo.gin", "models/pretrained_tokenizer.gin"]
+    configuration = Configuration(files, ["PRETRAINED = '/models/gemma'"])
+    configuration.check_all_used(
+        [(stage.selector, stage.model) for stage in pipeline.stages(configuration)]
+    )
+    configuration.check_required(tokenize)
+    bound = configuration.reachable_from(tokenize)
+    name = "recexplore.tasks.vocabulary.pretrained_vocabulary"
+    assert bound[f"{tokenize}.train_vocabulary"] == f"@{name}"
+    assert bound[f"{name}.pretrained"] == "'/models/gemma'"
+    with pytest.raises(InputError, match="PRETRAINED must be set"):
+        Configuration(files).check_required(tokenize)
 
 
 @pytest.mark.parametrize("name", ["parquet", "movielens_tfds"])

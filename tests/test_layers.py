@@ -30,6 +30,7 @@ ROOMS |= {"pipeline": EVERYTHING - {"cli"}, "cli": EVERYTHING}
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio", "clu"}
 MAY_IMPORT_TENSORFLOW = {
     "tasks/seqio_tasks.py",  # SeqIO is TensorFlow
+    "tasks/seqio_vocabulary.py",
     "interactions/movielens.py",  # tensorflow_datasets, inside the one reader that needs it
     "training/telemetry.py",  # clu's TensorBoard writer, when training starts
 }

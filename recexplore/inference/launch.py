@@ -20,7 +20,7 @@ from recexplore.inference.exhaustive import Tree, build_tree
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.saved import abstract_parameters
 from recexplore.models.transformer import Transformer
-from recexplore.models.trie import Trie
+from recexplore.models.trie import Trie, token_range
 
 
 class Model(NamedTuple):
@@ -40,6 +40,7 @@ class Ready:
       trie: the descriptions, in numpy.
       batch_sharding: of a batch's rows, where there are several devices; the parameters may be
         sharded as well.
+      pad_id: is padding and therefore no token of a prompt; None where every id may be one.
 
     Raises:
       InputError: networks of the wrong kind, parameters of another network or with values that are
@@ -54,9 +55,11 @@ class Ready:
         prefixes: tuple[Sequence[int], Sequence[int]],
         trie: Trie,
         batch_sharding: jax.sharding.Sharding | None = None,
+        pad_id: int | None = 0,
     ):
-        check_model("novelty", novelty, Transformer, prefixes[0], trie)
-        check_model("alignment", alignment, RewardModel, prefixes[1], trie)
+        check_model("novelty", novelty, Transformer, prefixes[0], trie, pad_id)
+        check_model("alignment", alignment, RewardModel, prefixes[1], trie, pad_id)
+        self._pad_id = pad_id
         self._batch_sharding = batch_sharding
         self._models = (novelty, alignment)
         self._trie = trie
@@ -143,7 +146,7 @@ class Ready:
         ):
             room = model.network.config.max_length - self._trie.max_length
             room -= len(prefix.positions)
-            _check_prompts(name, prompts, room, model.network.config.vocab_size)
+            _check_prompts(name, prompts, room, model.network.config.vocab_size, self._pad_id)
         _check_clusters(batch, self._trie.num_sequences)
 
 
@@ -178,7 +181,12 @@ def pad_rows(batch: Batch, shares: int = 1) -> Batch:
 
 
 def check_model(
-    name: str, model: Model, kind: type[nn.Module], prefix: Sequence[int], trie: Trie
+    name: str,
+    model: Model,
+    kind: type[nn.Module],
+    prefix: Sequence[int],
+    trie: Trie,
+    pad_id: int | None = 0,
 ) -> None:
     """Checks that a model can be asked about the trie's descriptions after prompts.
 
@@ -188,6 +196,7 @@ def check_model(
       kind: the class that its network must have.
       prefix: tokens that all prompts begin with.
       trie: the descriptions.
+      pad_id: is padding and therefore no token of the prefix; None where every id may be one.
 
     Raises:
       InputError: see `Ready`.
@@ -198,6 +207,7 @@ def check_model(
             "Are two models swapped?"
         )
     _check_parameters(name, model)
+    _check_tokens(f"{name} prefix", np.asarray([prefix]), model.network.config.vocab_size, pad_id)
     _check_room(name, model, prefix, trie)
 
 
@@ -230,11 +240,11 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 def _check_room(name: str, model: Model, prefix: Sequence[int], trie: Trie) -> None:
     config = model.network.config
-    _check_tokens(f"{name} prefix", np.asarray([prefix]), config.vocab_size)
     if trie.sequences.max() >= config.vocab_size:
         raise InputError(
-            f"A description has token {trie.sequences.max()}, outside the vocabulary of the {name} "
-            f"model, 1..{config.vocab_size - 1}. Make the trie and the models from the same one."
+            f"A description has token {trie.sequences.max()}, outside the {name} model's "
+            f"vocabulary, which ends at {config.vocab_size - 1}. Make the trie and the models from "
+            "the same one."
         )
     if not len(prefix):
         raise InputError(
@@ -249,7 +259,9 @@ def _check_room(name: str, model: Model, prefix: Sequence[int], trie: Trie) -> N
         )
 
 
-def _check_prompts(name: str, prompts: Prompts, room: int, vocab_size: int) -> None:
+def _check_prompts(
+    name: str, prompts: Prompts, room: int, vocab_size: int, pad_id: int | None
+) -> None:
     shortest, longest = prompts.lengths.min(), prompts.lengths.max()
     if shortest < 1 or longest > prompts.tokens.shape[1]:
         raise InputError(
@@ -262,16 +274,23 @@ def _check_prompts(name: str, prompts: Prompts, room: int, vocab_size: int) -> N
             f"the prefix; the model's context has room for {room}. Give it a shorter history."
         )
     real = np.arange(prompts.tokens.shape[1])[None, :] < prompts.lengths[:, None]
-    _check_tokens(f"{name} prompts", np.where(real, prompts.tokens, 1), vocab_size)
+    _check_tokens(f"{name} prompts", prompts.tokens, vocab_size, pad_id, real)
 
 
-def _check_tokens(name: str, tokens: np.ndarray, vocab_size: int) -> None:
-    wrong = np.argwhere((tokens < 1) | (tokens >= vocab_size))
+def _check_tokens(
+    name: str,
+    tokens: np.ndarray,
+    vocab_size: int,
+    pad_id: int | None,
+    real: np.ndarray | bool = True,
+) -> None:
+    padding = False if pad_id is None else tokens == pad_id
+    wrong = np.argwhere(((tokens < 0) | (tokens >= vocab_size) | padding) & real)
     if len(wrong):
         row, column = wrong[0]
         raise InputError(
             f"Row {row} of the {name} has token {tokens[row, column]} at place {column}, outside "
-            f"the vocabulary's 1..{vocab_size - 1}."
+            f"the vocabulary's {token_range(vocab_size, pad_id)}."
         )
 
 

@@ -92,14 +92,17 @@ class Trie(NamedTuple):
         return len(self.levels)
 
 
-def build_trie(sequences: Sequence[Sequence[int]], eos_id: int, vocab_size: int) -> Trie:
+def build_trie(
+    sequences: Sequence[Sequence[int]], eos_id: int, vocab_size: int, pad_id: int | None = 0
+) -> Trie:
     """Flattens token sequences to a trie of numpy arrays.
 
     Args:
       sequences: M different token sequences; each ends in `eos_id` and has it nowhere else, so that
         one may be a prefix of another but for its end.
       eos_id: the end-of-sequence token.
-      vocab_size: V; all tokens are in 1 .. V - 1 (0 is padding).
+      vocab_size: V; all tokens are in 0 .. V - 1.
+      pad_id: is padding and therefore no token; None where every id may be one.
 
     Returns:
       The trie; sequence i of the input is sequence i of the trie.
@@ -107,10 +110,10 @@ def build_trie(sequences: Sequence[Sequence[int]], eos_id: int, vocab_size: int)
     Raises:
       InputError: no sequence, a sequence twice, a missing EOS, or a token outside the vocabulary.
     """
-    tokens, lengths = _padded(sequences, eos_id, vocab_size)
+    tokens, lengths = _padded(sequences, eos_id, vocab_size, pad_id)
     leaf_order = np.lexsort(tokens.T[::-1]).astype(np.int32)
     rows = tokens[leaf_order]
-    shared = _shared_with_row_above(rows, leaf_order)
+    shared = _shared_with_row_above(rows, lengths, leaf_order)
     # The depth at which a row has parted from the rows above and below it.
     parted = np.maximum(shared, np.append(shared[1:], -1)) + 1
     depth = int(parted.max())
@@ -238,24 +241,39 @@ def _count_below(
     return count.reshape(limits.shape)
 
 
-def _padded(sequences, eos_id, vocab_size) -> tuple[np.ndarray, np.ndarray]:
+def token_range(vocab_size: int, pad_id: int | None) -> str:
+    """Which ids may be tokens, for error messages.
+
+    >>> token_range(12, 0), token_range(12, 7), token_range(12, None)
+    ('1..11', '0..11 without 7, which is padding', '0..11')
+    """
+    if pad_id == 0:
+        return f"1..{vocab_size - 1}"
+    return f"0..{vocab_size - 1}" + (
+        "" if pad_id is None else f" without {pad_id}, which is padding"
+    )
+
+
+def _padded(sequences, eos_id, vocab_size, pad_id) -> tuple[np.ndarray, np.ndarray]:
     """[M, T] and lengths [M], checked."""
     if not len(sequences):
         raise InputError("A trie needs at least one description; there are no clusters.")
     lengths = np.fromiter(map(len, sequences), np.int32, len(sequences))
     flat = np.fromiter(chain.from_iterable(sequences), np.int64, int(lengths.sum()))
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    wrong = np.flatnonzero((flat <= 0) | (flat >= vocab_size))
+    padding = np.zeros(len(flat), bool) if pad_id is None else flat == pad_id
+    wrong = np.flatnonzero((flat < 0) | (flat >= vocab_size) | padding)
     if len(wrong):
         raise InputError(
             f"Description {owner[wrong[0]]} has token {flat[wrong[0]]}, outside the vocabulary's "
-            f"1..{vocab_size - 1}. Make the vocabulary and the model from the same clusters."
+            f"{token_range(vocab_size, pad_id)}. Make the vocabulary and the model from the same "
+            "clusters."
         )
     real = np.arange(max(lengths.max(), 1))[None, :] < lengths[:, None]
     tokens = np.zeros(real.shape, np.int32)
     tokens[real] = flat
     last = tokens[np.arange(len(lengths)), np.maximum(lengths, 1) - 1]
-    unended = np.flatnonzero((last != eos_id) | ((tokens == eos_id).sum(axis=1) != 1))
+    unended = np.flatnonzero((last != eos_id) | ((real & (tokens == eos_id)).sum(axis=1) != 1))
     if len(unended):
         raise InputError(
             f"Description {unended[0]} has tokens {list(sequences[unended[0]])}; it must end in "
@@ -264,7 +282,9 @@ def _padded(sequences, eos_id, vocab_size) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-def _shared_with_row_above(rows: np.ndarray, leaf_order: np.ndarray) -> np.ndarray:
+def _shared_with_row_above(
+    rows: np.ndarray, lengths: np.ndarray, leaf_order: np.ndarray
+) -> np.ndarray:
     """How many tokens each sorted row begins with that the one above begins with too; -1 at first.
 
     Raises:
@@ -279,7 +299,7 @@ def _shared_with_row_above(rows: np.ndarray, leaf_order: np.ndarray) -> np.ndarr
     twice = np.flatnonzero(alike)
     if len(twice):
         first, second = sorted(leaf_order[twice[0] : twice[0] + 2].tolist())
-        tokens = [int(token) for token in rows[twice[0]] if token]
+        tokens = rows[twice[0], : lengths[first]].tolist()
         raise InputError(
             f"Descriptions {first} and {second} have the same tokens {tokens}: clusters must "
             "differ in words that the vocabulary can tell apart."

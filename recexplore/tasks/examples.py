@@ -155,9 +155,10 @@ def longest_example(
       descriptions: of all clusters.
       history_length: clusters a prompt names.
     """
-    longest = max(descriptions, key=lambda text: len(vocabulary.encode(text)))
-    words = [longest] * history_length
-    return len(vocabulary.encode(prompt(words))) + len(vocabulary.encode_description(longest))
+    # A description may have more tokens as an answer than as an entry of a history.
+    entry = max(descriptions, key=lambda text: len(vocabulary.encode_prompt(prompt([text]))))
+    answer = max(len(vocabulary.encode_description(text)) for text in descriptions)
+    return len(vocabulary.encode_prompt(prompt([entry] * history_length))) + answer
 
 
 def some_prompts(

@@ -1,6 +1,6 @@
 """SeqIO tasks over TFRecord shards, and the batches that the models train on.
 
-The only module of recexplore that imports SeqIO, and with it TensorFlow, at its top.
+Imported, with seqio_vocabulary, only where SeqIO is needed: TensorFlow comes with it.
 """
 
 import os
@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from recexplore.errors import InputError
 from recexplore.tasks.examples import Example
+from recexplore.tasks.seqio_vocabulary import description_tokens, prompt_tokens
 from recexplore.tasks.vocabulary import Vocabulary
 
 NUM_SHARDS = 16  # more than hosts are likely to be, so that each reads shards of its own
@@ -67,7 +68,6 @@ def make_task(name: str, folder: Path, vocabulary: Vocabulary) -> seqio.Task:
       folder: where its shards are.
       vocabulary: tokenizes prompts and descriptions.
     """
-    pieces = seqio.SentencePieceVocabulary(os.fspath(vocabulary.path))
     shards = {
         split: os.fspath(folder / f"{split}-*-of-{NUM_SHARDS:05d}.tfrecord")
         for split in ("train", "validation")
@@ -77,8 +77,8 @@ def make_task(name: str, folder: Path, vocabulary: Vocabulary) -> seqio.Task:
         source=seqio.TFExampleDataSource(shards, _FEATURES),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         output_features={
-            "inputs": seqio.Feature(pieces, add_eos=False),
-            "targets": seqio.Feature(pieces, add_eos=True),
+            "inputs": seqio.Feature(prompt_tokens(vocabulary), add_eos=False),
+            "targets": seqio.Feature(description_tokens(vocabulary), add_eos=True),
         },
         shuffle_buffer_size=16_384,
     )

@@ -1,7 +1,21 @@
-"""The SentencePiece vocabulary of prompts and descriptions, without TensorFlow."""
+"""Text → tokens and back, without TensorFlow: a vocabulary of our own or a pretrained model's.
 
+How texts become tokens:
+
+    prompt       begin + encode("interests: a; b; next:")
+    description  encode(lead + description) + EOS
+
+`begin` is what the model family puts before every text (Gemma's and Llama's BOS; Qwen has none).
+Prompt and description are two lists of tokens that are joined and never tokenized together, so that
+training, the trie and sampling agree. `lead` is a space where the tokenizer needs one to write a
+word as it stands inside a text (byte-level BPE, Gemma), and empty where it adds one by itself
+(our own vocabulary, Llama 2): either way the model answers with the tokens that it has seen follow
+a colon in its pretraining.
+"""
+
+import functools
 import io
-import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +25,16 @@ import sentencepiece
 from recexplore import artifacts
 from recexplore.errors import InputError
 from recexplore.tasks.prompts import HISTORY_SEPARATOR, INSTRUCTIONS, PREFIX
+from recexplore.tasks.tokenizer_files import (
+    MODEL_FILES,
+    OWN,
+    SIDE_FILES,
+    read_pieces,
+    special_tokens,
+)
 
-PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
-_FILE = "sentencepiece.model"
+PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2  # of our own vocabulary
+_FILLER = 0  # stands in arrays where no token is; lengths say where that is, whatever 0 means
 
 
 def train_vocabulary(
@@ -39,7 +60,8 @@ def train_vocabulary(
         drama" are different things.
 
     Raises:
-      InputError: the size is too small for the characters alone, or a description can't be spelt.
+      InputError: the size is too small for the characters alone, a description can't be spelt, or
+        two can't be told apart.
     """
     # Words count as much as prompts, so that those of rare clusters become pieces too.
     words = sorted({word for text in descriptions for word in text.split()})
@@ -71,59 +93,185 @@ def train_vocabulary(
             f"of that size from these descriptions ({str(error).splitlines()[0]}). Try a larger "
             "one."
         ) from error
-    with artifacts.new_file(folder / _FILE) as temporary:
+    with artifacts.new_file(folder / OWN) as temporary:
         temporary.write_bytes(model.getvalue())
-    vocabulary = Vocabulary(folder)
-    for description in descriptions:
-        if UNKNOWN_ID in vocabulary.encode(description):
-            raise InputError(
-                f"The vocabulary can't spell the description {description!r}. Give "
-                "vocabulary.train_vocabulary.size a larger value."
-            )
+    Vocabulary(folder).encode_descriptions(descriptions)
+
+
+def pretrained_vocabulary(
+    folder: Path, prompts: Sequence[str], descriptions: Sequence[str], *, pretrained: str
+) -> None:
+    """Copies a pretrained model's tokenizer and checks that it can say what it has to.
+
+    Args:
+      folder: gets tokenizer.json or tokenizer.model, and what lies beside it about special tokens.
+      prompts: a sample of the prompts.
+      descriptions: all descriptions of clusters.
+      pretrained: folder of the pretrained model.
+
+    Raises:
+      InputError: the folder has no tokenizer, or a damaged one, or one that can't spell a
+        description, can't tell two apart, or joins the end of what all prompts begin with to what
+        follows.
+    """
+    source = Path(pretrained)
+    if not any((source / name).is_file() for name in MODEL_FILES):
+        raise InputError(
+            f"vocabulary.pretrained_vocabulary.pretrained (PRETRAINED) is {pretrained!r}, which "
+            f"{'has' if source.is_dir() else 'is no folder with'} no "
+            f"{' or '.join(MODEL_FILES[1:])}. Name the folder of a pretrained model."
+        )
+    vocabulary = Vocabulary(source)
+    vocabulary.encode_descriptions(descriptions)
+    phrases = " ".join([HISTORY_SEPARATOR, *INSTRUCTIONS])
+    if not vocabulary.spells(phrases):
+        raise InputError(
+            f"{vocabulary.path} can't spell {phrases!r}, which prompts are made of. Take another "
+            "tokenizer."
+        )
+    for prompt in prompts:
+        vocabulary.encode_prompt(prompt)
+    for path in (vocabulary.path, *(source / name for name in SIDE_FILES)):
+        if path.is_file():
+            with artifacts.new_file(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+
+
+def check_embedding(vocabulary: "Vocabulary", num_rows: int, model: Path | str) -> None:
+    """Checks that a model's token embedding has a row for every token.
+
+    A pretrained embedding may have more rows, which are padding; a model of ours has as many.
+
+    Args:
+      vocabulary: the tokens.
+      num_rows: of the embedding.
+      model: the file or folder that it is from.
+
+    Raises:
+      InputError: it hasn't.
+    """
+    if vocabulary.is_own and num_rows != vocabulary.size:
+        raise InputError(
+            f"{model} holds a model for a vocabulary of {num_rows} pieces, but {vocabulary.path} "
+            f"has {vocabulary.size}. Train the model again."
+        )
+    if num_rows < vocabulary.size:
+        raise InputError(
+            f"{model} has a token embedding of {num_rows} rows, but {vocabulary.path} has "
+            f"{vocabulary.size} tokens: the tokenizer doesn't match the embedding. Take both from "
+            "the same pretrained model (PRETRAINED)."
+        )
 
 
 class Vocabulary:
-    """Text → token ids and back.
+    """Text → token ids and back, by whichever tokenizer lies in a folder.
 
     Args:
-      folder: as written by `train_vocabulary`.
+      folder: as written by `train_vocabulary` or `pretrained_vocabulary`, or a pretrained model's.
+
+    Attributes:
+      path: the tokenizer's file.
+      begin: token ids before every prompt's text; see the top of this file.
+      lead: what stands before a description's text.
+      eos_id: ends a description.
+      pad_id: never a token; None where every id may be one.
 
     Raises:
-      InputError: the model file is missing or damaged.
+      InputError: there is no tokenizer, it is damaged, or nothing says what ends a text.
     """
 
     def __init__(self, folder: Path):
-        self.path = Path(folder) / _FILE
-        if not self.path.exists():
-            raise InputError(f"{self.path} is missing. Run `recexplore tokenize` first.")
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=os.fspath(self.path))
-        except (RuntimeError, OSError) as error:
-            raise InputError(
-                f"{self.path} is not a SentencePiece model. Run `recexplore tokenize` again."
-            ) from error
+        self._pieces = read_pieces(Path(folder))
+        self.path = self._pieces.path
+        self.begin, self.eos_id, self.pad_id = special_tokens(self._pieces)
+        before, word = PREFIX, "word"
+        inside = self.encode(f"{before} {word}")[len(self.encode(before)) :]
+        self.lead = "" if self.encode(word) == inside else " "
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it was made by `train_vocabulary`."""
+        return self.path.name == OWN
 
     @property
     def size(self) -> int:
-        """V, the number of pieces."""
-        return self._processor.vocab_size()
+        """V: token ids are below it."""
+        return self._pieces.size
 
-    @property
+    @functools.cached_property
     def prefix(self) -> list[int]:
         """Token ids of what all prompts begin with."""
-        return self.encode(PREFIX)
+        return [*self.begin, *self.encode(PREFIX)]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without EOS."""
-        return self._processor.encode(text)
+        """Token ids of a text and nothing around it."""
+        return self._pieces.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids; padding and EOS give nothing."""
-        return self._processor.decode([int(t) for t in tokens if t not in (PAD_ID, EOS_ID)])
+        """The text of a prompt's or a description's token ids, or of both joined, up to EOS.
+
+        What stands before every prompt, padding and a description's lead give nothing.
+        """
+        ids = [int(token) for token in tokens]
+        if self.begin and tuple(ids[: len(self.begin)]) == self.begin:
+            ids = ids[len(self.begin) :]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self._pieces.decode([i for i in ids if i != self.pad_id]).removeprefix(self.lead)
+
+    def spells(self, text: str) -> bool:
+        """Whether all of a text has tokens."""
+        return self._pieces.spells(text)
 
     def encode_description(self, description: str) -> list[int]:
         """Token ids of a description as a model emits it, ending in EOS."""
-        return [*self.encode(description), EOS_ID]
+        return [*self.encode(self.lead + description), self.eos_id]
+
+    def encode_descriptions(self, descriptions: Sequence[str]) -> list[list[int]]:
+        """`encode_description` of all clusters' descriptions, checked.
+
+        Raises:
+          InputError: one can't be spelt, or two can't be told apart.
+        """
+        sequences = [self.encode_description(text) for text in descriptions]
+        spelt: dict[tuple[int, ...], int] = {}
+        for place, (text, sequence) in enumerate(zip(descriptions, sequences, strict=True)):
+            if not self.spells(self.lead + text):
+                remedy = (
+                    "Give vocabulary.train_vocabulary.size a larger value."
+                    if self.is_own
+                    else "Take another tokenizer, or describe clusters in letters that it has."
+                )
+                raise InputError(
+                    f"The vocabulary {self.path} can't spell the description {text!r}. {remedy}"
+                )
+            other = spelt.setdefault(tuple(sequence), place)
+            if other != place:
+                raise InputError(
+                    f"The vocabulary {self.path} can't tell the descriptions "
+                    f"{descriptions[other]!r} and {text!r} apart. Clusters must differ in words "
+                    "that it knows."
+                )
+        return sequences
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, which begin with `prefix`.
+
+        Raises:
+          InputError: the vocabulary joins the end of the prefix with what follows.
+        """
+        tokens = [*self.begin, *self.encode(prompt)]
+        if tokens[: len(self.prefix)] != self.prefix:
+            remedy = (
+                "Make the vocabulary again with `recexplore tokenize`."
+                if self.is_own
+                else "Take another tokenizer."
+            )
+            raise InputError(
+                f"The vocabulary {self.path} doesn't keep {PREFIX!r} apart from the rest of the "
+                f"prompt {prompt!r}, so it can't be read beforehand. {remedy}"
+            )
+        return tokens
 
     def encode_prompts(
         self, prompts: Sequence[str], max_length: int
@@ -136,18 +284,11 @@ class Vocabulary:
         Raises:
           InputError: the vocabulary joins the end of the prefix with what follows.
         """
-        prefix = self.prefix
-        rows = [self.encode(prompt) for prompt in prompts]
-        for prompt, row in zip(prompts, rows, strict=True):
-            if row[: len(prefix)] != prefix:
-                raise InputError(
-                    f"The vocabulary {self.path} doesn't keep {PREFIX!r} apart from the rest of "
-                    f"the prompt {prompt!r}, so it can't be read beforehand. Make the vocabulary "
-                    "again with `recexplore tokenize`."
-                )
-        rows = [row[max(len(prefix), len(row) - (max_length - len(prefix))) :] for row in rows]
+        prefix = len(self.prefix)
+        rows = [self.encode_prompt(prompt) for prompt in prompts]
+        rows = [row[max(prefix, len(row) - (max_length - prefix)) :] for row in rows]
         lengths = np.array([len(row) for row in rows], np.int32)
-        tokens = np.full((len(rows), max(lengths, default=0)), PAD_ID, np.int32)
+        tokens = np.full((len(rows), max(lengths, default=0)), _FILLER, np.int32)
         for row, target in zip(rows, tokens, strict=True):
             target[: len(row)] = row
         return tokens, lengths
