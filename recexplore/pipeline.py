@@ -8,6 +8,7 @@ arguments, bound by gin. Modules are imported inside the stages, so that asking 
 that nothing is left to do costs no JAX or TensorFlow.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -266,6 +267,7 @@ def tokenize(
     *,
     train_vocabulary: Callable[..., None],
     diversify: Callable[..., Any],
+    make_alignment_examples: Callable[..., Any],
     novelty_histories: Mapping[str, int],
     history_length: int,
     seen_excluded: Sequence[str] = (),
@@ -280,6 +282,8 @@ def tokenize(
       progress: where to say what is going on.
       train_vocabulary: of recexplore.tasks.vocabulary.
       diversify: of recexplore.tasks.examples.
+      make_alignment_examples: `alignment_examples` of recexplore.tasks.examples, or, to train on
+        pairs, `pairwise_examples`.
       novelty_histories: novelty model → how many clusters of history it reads.
       history_length: K of the alignment model.
       seen_excluded: novelty models that will be asked with all clusters excluded that the user has
@@ -329,14 +333,14 @@ def tokenize(
                     longer=longer_histories.get(model) if split == "train" else None,
                     seed=seed,
                 )
-                seqio_tasks.write_examples(made, folder / model, split)
+                seqio_tasks.write_examples(made, folder / model, split, vocabulary)
             capped = engaged - rows.num_rows
             progress.say(
                 f"  novelty: {rows.num_rows:,} {split} examples of moves that were not skipped"
                 f"{f', {capped:,} left out to diversify them' if capped else ''}"
             )
-            made = examples.alignment_examples(collective, split, descriptions)
-            seqio_tasks.write_examples(made, folder / ALIGNMENT, split)
+            made = make_alignment_examples(collective, split, descriptions)
+            seqio_tasks.write_examples(made, folder / ALIGNMENT, split, vocabulary)
             progress.say(f"  alignment: {len(made):,} {split} examples")
 
 
@@ -389,7 +393,8 @@ def train(
         )
     config = make_config(vocab_size=vocabulary.size, max_length=max_length)
     folder = work / model_folder(name)
-    task = seqio_tasks.make_task(name, work / EXAMPLES / name, vocabulary)
+    data = work / EXAMPLES / name
+    task = seqio_tasks.make_task(name, data, vocabulary)
     trie = description_trie(vocabulary, descriptions)
     shapes = {
         "batch_size": batch_size,
@@ -399,9 +404,12 @@ def train(
         "num_clusters": len(descriptions),
     }
     for split in ("train", "validation"):
-        seqio_tasks.count_examples(work / EXAMPLES / name, split)
-    batches = seqio_tasks.Batches(task, "train", shuffle=True, seed=seed, repeat=True, **shapes)
-    validation = list(seqio_tasks.Batches(task, "validation", **shapes))
+        seqio_tasks.count_examples(data, split)
+    make_batches = functools.partial(
+        seqio_tasks.Batches, task, data, "train", shuffle=True, seed=seed, repeat=True, **shapes
+    )
+    batches = make_batches()  # a process of several asks for its rows
+    validation = list(seqio_tasks.Batches(task, data, "validation", **shapes))
     network = make_network(config)
     artifacts.write_json(folder / NETWORK, saved.describe(network))
     with progress.bar(f"train {name}") as update:
