@@ -43,15 +43,24 @@ def description_trie(vocabulary: Vocabulary, descriptions: Sequence[str]) -> Tri
     return build_trie(sequences, vocabulary.eos_id, vocabulary.size, vocabulary.pad_id)
 
 
-def load_model(folder: Path, vocabulary: Vocabulary) -> Model:
+def load_model(
+    folder: Path, vocabulary: Vocabulary, shared: dict[Any, Any] | None = None
+) -> Model:
     """A trained model from its folder.
+
+    Args:
+      folder: of the model.
+      vocabulary: that it was trained for.
+      shared: models loaded with the same dictionary share a frozen transformer in memory.
 
     Raises:
       InputError: there is none, or it was made for another vocabulary.
     """
-    network = saved.rebuild(artifacts.read_json(folder / NETWORK))
+    description = artifacts.read_json(folder / NETWORK)
+    network = saved.rebuild(description)
     check_embedding(vocabulary, network.config.vocab_size, folder)
-    return Model(network, saved.load_parameters(folder, network))
+    pretrained = description.get("pretrained")
+    return Model(network, saved.load_parameters(folder, network, pretrained, shared))
 
 
 class Explorer:

@@ -63,7 +63,15 @@ def stages(configuration: "Configuration") -> list[Stage]:
         Stage("aggregate", aggregate, (INTERACTIONS, CLUSTERS), (FEEDBACK,)),
         Stage("tokenize", tokenize, (CLUSTERS, FEEDBACK), (VOCABULARY, EXAMPLES)),
         *(
-            Stage("train", train, (CLUSTERS, *tokens), (folder,), model=name, resumes=True)
+            Stage(
+                "train",
+                train,
+                (CLUSTERS, *tokens),
+                (folder,),
+                model=name,
+                resumes=True,
+                together=True,
+            )
             for name, folder in zip(models, trained, strict=True)
         ),
         Stage("explore", explore, (CLUSTERS, FEEDBACK, VOCABULARY, *explorers), (EXPLORATION,)),
@@ -266,6 +274,7 @@ def tokenize(
     *,
     train_vocabulary: Callable[..., None],
     diversify: Callable[..., Any],
+    make_alignment_examples: Callable[..., Any],
     novelty_histories: Mapping[str, int],
     history_length: int,
     seen_excluded: Sequence[str] = (),
@@ -280,6 +289,8 @@ def tokenize(
       progress: where to say what is going on.
       train_vocabulary: of recexplore.tasks.vocabulary.
       diversify: of recexplore.tasks.examples.
+      make_alignment_examples: `alignment_examples` of recexplore.tasks.examples, or, to train on
+        pairs, `pairwise_examples`.
       novelty_histories: novelty model → how many clusters of history it reads.
       history_length: K of the alignment model.
       seen_excluded: novelty models that will be asked with all clusters excluded that the user has
@@ -329,14 +340,14 @@ def tokenize(
                     longer=longer_histories.get(model) if split == "train" else None,
                     seed=seed,
                 )
-                seqio_tasks.write_examples(made, folder / model, split)
+                seqio_tasks.write_examples(made, folder / model, split, vocabulary)
             capped = engaged - rows.num_rows
             progress.say(
                 f"  novelty: {rows.num_rows:,} {split} examples of moves that were not skipped"
                 f"{f', {capped:,} left out to diversify them' if capped else ''}"
             )
-            made = examples.alignment_examples(collective, split, descriptions)
-            seqio_tasks.write_examples(made, folder / ALIGNMENT, split)
+            made = make_alignment_examples(collective, split, descriptions)
+            seqio_tasks.write_examples(made, folder / ALIGNMENT, split, vocabulary)
             progress.say(f"  alignment: {len(made):,} {split} examples")
 
 
@@ -351,6 +362,9 @@ def train(
     run: Callable[..., Any],
     batch_size: int,
     max_length: int | None = None,
+    pretrained: str | None = None,
+    pack: bool = False,
+    examples_per_row: int = 8,
     seed: int = 0,
 ) -> None:
     """Examples → a trained model; an interrupted run goes on from its last checkpoint.
@@ -363,16 +377,22 @@ def train(
       make_config: TransformerConfig, all but its vocab_size and max_length bound.
       objective: of recexplore.training.objectives.
       run: recexplore.training.trainer.train.
-      batch_size: examples a step, of all processes together.
-      max_length: tokens of prompt and description; None: as many as there can be. A prompt that
+      batch_size: rows a step, of all processes together.
+      max_length: tokens of a row; None: as many as prompt and description can have. A prompt that
         doesn't fit loses its oldest tokens.
+      pretrained: folder of the transformer to start from, as Hugging Face has it; None: from
+        nothing.
+      pack: several examples a row.
+      examples_per_row: at most, when packed.
       seed: of the order of examples, of initialisation and of dropout.
     """
+    from recexplore.distributed import processes
     from recexplore.explorer import NETWORK, description_trie
     from recexplore.interests.cluster_table import ClusterTable
     from recexplore.models import saved
+    from recexplore.models.config_file import check_config, embedding_rows
     from recexplore.tasks import seqio_tasks
-    from recexplore.tasks.vocabulary import Vocabulary
+    from recexplore.tasks.vocabulary import Vocabulary, check_embedding
 
     vocabulary = Vocabulary(work / VOCABULARY)
     descriptions = ClusterTable.read(work / CLUSTERS).descriptions
@@ -387,33 +407,31 @@ def train(
             f"  pipeline.train.max_length is {max_length}: prompts that need more, up to {longest} "
             "tokens with their description, lose their oldest tokens"
         )
-    config = make_config(vocab_size=vocabulary.size, max_length=max_length)
-    folder = work / model_folder(name)
-    task = seqio_tasks.make_task(name, work / EXAMPLES / name, vocabulary)
+    rows = embedding_rows(pretrained) if pretrained else vocabulary.embedding_rows
+    config = make_config(vocab_size=rows, max_length=max_length)
+    if pretrained:
+        check_embedding(vocabulary, rows, pretrained)
+        check_config(pretrained, config)
+    folder, examples = work / model_folder(name), work / EXAMPLES / name
     trie = description_trie(vocabulary, descriptions)
-    shapes = {
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "longest_description": trie.max_length,
-        "prefix_length": len(vocabulary.prefix),
-        "num_clusters": len(descriptions),
-    }
-    for split in ("train", "validation"):
-        seqio_tasks.count_examples(work / EXAMPLES / name, split)
-    batches = seqio_tasks.Batches(task, "train", shuffle=True, seed=seed, repeat=True, **shapes)
-    validation = list(seqio_tasks.Batches(task, "validation", **shapes))
+    data = seqio_tasks.Data(
+        seqio_tasks.make_task(name, examples, vocabulary),
+        examples,
+        seed=seed,
+        batch_size=batch_size,
+        max_length=max_length,
+        longest_description=trie.max_length,
+        prefix_length=len(vocabulary.prefix),
+        num_clusters=len(descriptions),
+        pack=pack,
+        examples_per_row=examples_per_row,
+    )
     network = make_network(config)
-    artifacts.write_json(folder / NETWORK, saved.describe(network))
+    if processes.is_first():
+        artifacts.write_json(folder / NETWORK, saved.describe(network, pretrained))
     with progress.bar(f"train {name}") as update:
         result = run(
-            folder,
-            network,
-            objective,
-            trie,
-            batches,
-            validation,
-            update,
-            seed=seed,
+            folder, network, objective, trie, data, update, pretrained=pretrained, seed=seed
         )
     progress.say(
         f"  {result.steps} steps; the best on validation, after {result.best_step}, has "
@@ -475,7 +493,8 @@ def _load_explorer(work: Path, names: Sequence[str], batch_size: int):
 
     vocabulary = Vocabulary(work / VOCABULARY)
     descriptions = ClusterTable.read(work / CLUSTERS).descriptions
-    models = {name: load_model(work / model_folder(name), vocabulary) for name in names}
+    shared: dict[Any, Any] = {}
+    models = {name: load_model(work / model_folder(name), vocabulary, shared) for name in names}
     return Explorer(vocabulary, descriptions, batch_size), models
 
 

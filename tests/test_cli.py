@@ -21,8 +21,8 @@ world.simulate_log.num_users = 150
 world.simulate_log.num_items = 300
 world.simulate_log.num_days = 6
 pipeline.train.batch_size = 16
-trainer.Optimization.steps = 20
-alignment/trainer.Optimization.steps = 20
+optimization.Optimization.steps = 20
+alignment/optimization.Optimization.steps = 20
 trainer.train.evaluate_every = 10
 trainer.train.log_every = 5
 """

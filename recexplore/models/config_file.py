@@ -141,6 +141,15 @@ def check_config(folder: Path | str, config: TransformerConfig) -> None:
     _check_length(said, config.max_length)
 
 
+def embedding_rows(folder: Path | str) -> int:
+    """Rows of the embedding table of the network in a Hugging Face folder.
+
+    Raises:
+      InputError: as `read_config`.
+    """
+    return read_file(Path(folder)).get(SIZES["vocab_size"], int, 1)
+
+
 def read_file(folder: Path) -> Said:
     """Reads config.json and finds the family.
 

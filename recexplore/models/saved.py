@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from recexplore.distributed.checkpoints import load_best
 from recexplore.errors import InputError
+from recexplore.models.lora import join, split
+from recexplore.models.pretrained import load as load_transformer
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import Transformer, TransformerConfig
 
@@ -17,8 +19,13 @@ CHECKPOINTS = "checkpoints"
 _NETWORKS = {"Transformer": Transformer, "RewardModel": RewardModel}
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What `rebuild` needs to know, as JSON values."""
+def describe(model: nn.Module, pretrained: Path | str | None = None) -> dict[str, Any]:
+    """What `rebuild` and `load_parameters` need to know, as JSON values.
+
+    Args:
+      model: the network.
+      pretrained: folder of the transformer that it started from; None: from nothing.
+    """
     settings = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(model)
@@ -28,6 +35,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "network": type(model).__name__,
         "config": dataclasses.asdict(model.config),
         "settings": settings,
+        "pretrained": None if pretrained is None else str(Path(pretrained).resolve()),
     }
 
 
@@ -57,20 +65,42 @@ def abstract_parameters(model: nn.Module) -> Any:
     return nn.unbox(jax.eval_shape(initialize))
 
 
-def load_parameters(folder: Path, model: nn.Module) -> Any:
+def load_parameters(
+    folder: Path,
+    model: nn.Module,
+    pretrained: str | None = None,
+    shared: dict[Any, Any] | None = None,
+) -> Any:
     """The best checkpoint's averaged parameters, on the default device.
+
+    Where only adapters were trained, the transformer they add to is read from its own folder.
 
     Args:
       folder: of the model; has checkpoints/.
       model: the network.
+      pretrained: of its description.
+      shared: transformers that were read before; models loaded with the same dictionary have the
+        same one in memory.
 
     Raises:
-      InputError: there is no checkpoint, or it holds other shapes.
+      InputError: there is no checkpoint, or it holds other shapes; the pretrained transformer isn't
+        where it was.
     """
-
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         abstract_parameters(model),
     )
-    return load_best(folder / CHECKPOINTS, placed)
+    trained, frozen = split(placed, model.config)
+    found = load_best(folder / CHECKPOINTS, trained)
+    if not frozen:
+        return found
+    shared, key = {} if shared is None else shared, (pretrained, model.config.param_dtype)
+    if key not in shared:
+        if pretrained is None:
+            raise InputError(
+                f"{folder} holds adapters, but not what transformer they add to. Train it again."
+            )
+        shared[key] = load_transformer(pretrained, model.config)["params"]
+    nested = "transformer" in frozen["params"]
+    return join(found, {"params": {"transformer": shared[key]} if nested else shared[key]})

@@ -1,7 +1,9 @@
 """Transitions and collective feedback → training examples in words."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,12 @@ from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
 from recexplore.tasks.vocabulary import Vocabulary
 
 _PROMPTS_FOR_VOCABULARY = 20_000
+_SAME_LABEL = 1e-6  # labels are float32
+COUNT_WEIGHTINGS: Mapping[str, Callable[[float], float]] = {
+    "count": float,
+    "sqrt": math.sqrt,
+    "none": lambda count: 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +33,8 @@ class Example:
       seen: clusters that are no candidates, because the user knew them.
       label: what the alignment model is to say, 0..1; 0 where there is none.
       weight: how much the example counts.
+      rejected: of a pair, the description of the worse cluster for the same prompt; `targets` and
+        `label` are the better one's. Otherwise empty.
     """
 
     inputs: str
@@ -32,6 +42,7 @@ class Example:
     seen: Sequence[int] = ()
     label: float = 0.0
     weight: float = 1.0
+    rejected: str = ""
 
 
 def engaged(transitions: pa.Table, split: str) -> pa.Table:
@@ -119,7 +130,11 @@ def novelty_examples(
 
 
 def alignment_examples(
-    collective: pa.Table, split: str, descriptions: Sequence[str]
+    collective: pa.Table,
+    split: str,
+    descriptions: Sequence[str],
+    *,
+    count_weighting: str = "count",
 ) -> list[Example]:
     """History and cluster → collective feedback, weighted by the number of users behind it.
 
@@ -127,7 +142,13 @@ def alignment_examples(
       collective: COLLECTIVE.
       split: train or validation.
       descriptions: of all clusters.
+      count_weighting: an example weighs as much as the number of users, as its square root, or 1:
+        'count', 'sqrt' or 'none'.
+
+    Raises:
+      InputError: another weighting.
     """
+    weigh = _weighting("alignment_examples", count_weighting)
     rows = collective.filter(pc.equal(collective["split"], split))
     columns = (rows[name].to_pylist() for name in ("history", "next_cluster", "label", "count"))
     return [
@@ -135,10 +156,104 @@ def alignment_examples(
             alignment_prompt([descriptions[c] for c in history]),
             descriptions[target],
             label=label,
-            weight=float(count),
+            weight=weigh(count),
         )
         for history, target, label, count in zip(*columns, strict=True)
     ]
+
+
+def pairwise_examples(
+    collective: pa.Table,
+    split: str,
+    descriptions: Sequence[str],
+    *,
+    min_gap: float = 0.05,
+    max_pairs_per_history: int = 64,
+    count_weighting: str = "count",
+    seed: int = 0,
+) -> list[Example]:
+    """Pairs of next clusters after one history, of which one was liked better (Bradley–Terry).
+
+    For clusters a and b that n_a and n_b users moved to, a pair weighs as the harmonic mean
+    2 n_a n_b / (n_a + n_b): the variance of the difference of two means is in proportion to
+    1 / n_a + 1 / n_b. With 1 and 99 users that is 1.98, not 50.
+
+    Args:
+      collective: COLLECTIVE.
+      split: train or validation.
+      descriptions: of all clusters.
+      min_gap: labels that differ by less than this make no pair; those that are equal never do.
+      max_pairs_per_history: m clusters make up to m (m − 1) / 2 pairs, so that a busy history would
+        swamp the rest; of more than this, so many are drawn.
+      count_weighting: a pair weighs as much as the harmonic mean, as its square root, or 1:
+        'count', 'sqrt' or 'none'.
+      seed: of the draw; a history's pairs don't depend on which other histories there are.
+
+    Returns:
+      Pairs, those of a history together, in the order of histories.
+
+    Raises:
+      InputError: an argument out of range, or there are no pairs.
+    """
+    weigh = _weighting("pairwise_examples", count_weighting)
+    _check_pairs(min_gap, max_pairs_per_history)
+    rows = collective.filter(pc.equal(collective["split"], split))
+    labels, counts = rows["label"].to_numpy(), rows["count"].to_numpy()
+    targets = rows["next_cluster"].to_pylist()
+    by_history = collections.defaultdict(list)
+    for row, history in enumerate(rows["history"].to_pylist()):
+        by_history[tuple(history)].append(row)
+    made = []
+    for history, members in sorted(by_history.items()):
+        best_first = np.array(sorted(members, key=lambda row: (-labels[row], targets[row])))
+        better, worse = (best_first[side] for side in np.triu_indices(len(members), 1))
+        gaps = labels[better] - labels[worse]
+        kept = np.flatnonzero(gaps >= max(min_gap - _SAME_LABEL, _SAME_LABEL))
+        if len(kept) > max_pairs_per_history:
+            random = np.random.default_rng([seed, *history])
+            kept = np.sort(random.choice(kept, max_pairs_per_history, replace=False))
+        prompt = alignment_prompt([descriptions[cluster] for cluster in history])
+        for a, b in zip(better[kept], worse[kept], strict=True):
+            made.append(
+                Example(
+                    prompt,
+                    descriptions[targets[a]],
+                    label=float(labels[a]),
+                    weight=weigh(2 / (1 / counts[a] + 1 / counts[b])),
+                    rejected=descriptions[targets[b]],
+                )
+            )
+    if not made:
+        raise InputError(
+            f"No history of the {split} split has two next clusters whose labels differ by "
+            f"examples.pairwise_examples.min_gap = {min_gap}, so there are no pairs to learn from. "
+            "Lower it, or bind pipeline.tokenize.make_alignment_examples = "
+            "@examples.alignment_examples."
+        )
+    return made
+
+
+def _weighting(function: str, count_weighting: str) -> Callable[[float], float]:
+    if count_weighting not in COUNT_WEIGHTINGS:
+        raise InputError(
+            f"examples.{function}.count_weighting is {count_weighting!r}; there is: "
+            f"{', '.join(map(repr, COUNT_WEIGHTINGS))}."
+        )
+    return COUNT_WEIGHTINGS[count_weighting]
+
+
+def _check_pairs(min_gap: float, max_pairs_per_history: int) -> None:
+    rules = {
+        "min_gap": (min_gap, 0 <= min_gap <= 1, "between 0 and 1"),
+        "max_pairs_per_history": (
+            max_pairs_per_history,
+            isinstance(max_pairs_per_history, int) and max_pairs_per_history >= 1,
+            "a whole number from 1 on",
+        ),
+    }
+    for name, (value, ok, rule) in rules.items():
+        if not ok:
+            raise InputError(f"examples.pairwise_examples.{name} is {value!r}; it must be {rule}.")
 
 
 def longest_example(

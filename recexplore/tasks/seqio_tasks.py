@@ -3,39 +3,58 @@
 Imported, with seqio_vocabulary, only where SeqIO is needed: TensorFlow comes with it.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
+from jaxtyping import Int
 
 from recexplore.errors import InputError
+from recexplore.tasks import example_files, order
+from recexplore.tasks.example_files import NUM_SHARDS, ExampleFiles
+from recexplore.tasks.example_stream import FEATURES, PAIR_FEATURES, ExampleStream
 from recexplore.tasks.examples import Example
+from recexplore.tasks.rows import packed_rows, single_rows
 from recexplore.tasks.seqio_vocabulary import description_tokens, prompt_tokens
 from recexplore.tasks.vocabulary import Vocabulary
 
-NUM_SHARDS = 16  # more than hosts are likely to be, so that each reads shards of its own
-_FEATURES = {
-    "inputs": tf.io.FixedLenFeature([], tf.string),
-    "targets": tf.io.FixedLenFeature([], tf.string),
-    "seen": tf.io.RaggedFeature(tf.int64),
-    "label": tf.io.FixedLenFeature([], tf.float32),
-    "weight": tf.io.FixedLenFeature([], tf.float32),
-    "example_id": tf.io.FixedLenFeature([], tf.int64),
-}
 
+def write_examples(
+    examples: Sequence[Example], folder: Path, split: str, vocabulary: Vocabulary
+) -> None:
+    """Writes examples as TFRecord shards `split-00000-of-00016.tfrecord`, dealt out in turn.
 
-def write_examples(examples: Sequence[Example], folder: Path, split: str) -> None:
-    """Writes examples as TFRecord shards `split-00000-of-00016.tfrecord`, dealt out in turn."""
+    Beside them goes `split.index.npy`: for every example its place and its length in tokens, so
+    that it can be read by itself.
+
+    Args:
+      examples: all of them pairs, or none.
+      folder: made if it isn't there.
+      split: train or validation.
+      vocabulary: counts the tokens.
+    """
+    if len({bool(example.rejected) for example in examples}) > 1:
+        raise ValueError("Some examples have a worse description and some have none.")
     folder.mkdir(parents=True, exist_ok=True)
+    records = [_as_proto(example, index) for index, example in enumerate(examples)]
     for shard in range(NUM_SHARDS):
-        path = folder / f"{split}-{shard:05d}-of-{NUM_SHARDS:05d}.tfrecord"
+        path = example_files.shard_path(folder, split, shard)
         with tf.io.TFRecordWriter(os.fspath(path)) as writer:
-            for index in range(shard, len(examples), NUM_SHARDS):
-                writer.write(_as_proto(examples[index], index))
+            for record in records[shard::NUM_SHARDS]:
+                writer.write(record)
+    index = example_files.entries(records)
+    # There are few different descriptions, each in many examples.
+    texts = {text for example in examples for text in (example.targets, example.rejected)}
+    counts = {text: len(vocabulary.encode_description(text)) for text in texts - {""}}
+    index["prompt_tokens"] = [len(vocabulary.encode(example.inputs)) for example in examples]
+    index["description_tokens"] = [counts[example.targets] for example in examples]
+    index["rejected_tokens"] = [counts.get(example.rejected, 0) for example in examples]
+    example_files.write_index(folder, split, index)
 
 
 def _as_proto(example: Example, index: int) -> bytes:
@@ -56,12 +75,16 @@ def _as_proto(example: Example, index: int) -> bytes:
         "weight": number(example.weight),
         "example_id": numbers([index]),
     }
+    if example.rejected:
+        features["rejected"] = text(example.rejected)
     proto = tf.train.Example(features=tf.train.Features(feature=features))
     return proto.SerializeToString(deterministic=True)
 
 
 def make_task(name: str, folder: Path, vocabulary: Vocabulary) -> seqio.Task:
     """A SeqIO task over shards written by `write_examples`.
+
+    Its features are `inputs` and `targets`, and `rejected` where the examples are pairs.
 
     Args:
       name: of the task.
@@ -72,49 +95,99 @@ def make_task(name: str, folder: Path, vocabulary: Vocabulary) -> seqio.Task:
         split: os.fspath(folder / f"{split}-*-of-{NUM_SHARDS:05d}.tfrecord")
         for split in ("train", "validation")
     }
+    pairs = example_files.has_pairs(folder)
+    answers = description_tokens(vocabulary)
+    worse = {"rejected": seqio.Feature(answers, add_eos=True)} if pairs else {}
     return seqio.Task(
         name,
-        source=seqio.TFExampleDataSource(shards, _FEATURES),
+        source=seqio.TFExampleDataSource(shards, PAIR_FEATURES if pairs else FEATURES),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         output_features={
             "inputs": seqio.Feature(prompt_tokens(vocabulary), add_eos=False),
-            "targets": seqio.Feature(description_tokens(vocabulary), add_eos=True),
+            "targets": seqio.Feature(answers, add_eos=True),
+            **worse,
         },
         shuffle_buffer_size=16_384,
     )
 
 
-class Batches:
-    """An endless (or, unrepeated, finite) iterator of model batches that knows its position.
-
-    A batch is a dict of numpy arrays: `tokens` int32 [B, T], prompt, description and EOS,
-    right-padded; `prompt_lengths` and `lengths` int32 [B], which all masks come from; `seen` bool
-    [B, M]; `label` and `weight` float32 [B]; `example_id` int64 [B]. A last batch that is not full
-    is filled with examples of weight 0.
+class Data:
+    """The training and the validation batches of one task, for a trainer.
 
     Args:
       task: from `make_task`.
+      folder: where its examples are.
+      seed: of the training examples' order.
+      batch_size: B, of all processes together.
+      **shapes: further arguments of `Batches`, for both splits.
+
+    Raises:
+      InputError: a split has no examples, or see `Batches`.
+    """
+
+    def __init__(self, task: seqio.Task, folder: Path, *, seed: int, batch_size: int, **shapes: Any):
+        self.batch_size = batch_size
+        self._seed = seed
+        self._make = functools.partial(Batches, task, folder, batch_size=batch_size, **shapes)
+        for split in ("train", "validation"):
+            count_examples(folder, split)
+
+    def training(self, rows: Sequence[int]) -> "Batches":
+        """Some rows of endless training batches."""
+        return self._make("train", rows, shuffle=True, seed=self._seed, repeat=True)
+
+    def validation(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Some rows of the validation split's batches."""
+        return list(self._make("validation", rows))
+
+
+def count_examples(folder: Path, split: str) -> int:
+    """Number of examples in a split.
+
+    Raises:
+      InputError: there are none, or their files are damaged.
+    """
+    return len(ExampleFiles(folder, split))
+
+
+class Batches:
+    """An endless (or, unrepeated, finite) iterator of model batches that knows its place.
+
+    A batch is a dict of numpy arrays: see `rows.single_rows` or, packed, `rows.packed_rows`. What
+    the B rows of a batch hold is a function of the seed and the batch's place alone, so that any
+    number of processes, each asking for rows of its own, share the same batches. A last batch that
+    is not full is filled with examples of weight 0.
+
+    Args:
+      task: from `make_task`. Its preprocessors must turn one example into one, always the same.
+      folder: where its examples are.
       split: train or validation.
-      batch_size: B of this process.
+      rows: which of a batch's B rows this process wants; None: all.
+      batch_size: B, of all processes together.
       max_length: T.
       longest_description: in tokens, EOS included. A prompt that leaves less room than this loses
         its oldest tokens after the prefix, whichever description follows: as when the model is
         asked.
       prefix_length: tokens that all prompts begin with.
       num_clusters: M.
-      shuffle: in an order drawn from `seed`; otherwise in the order of the files.
+      shuffle: in an order drawn from `seed`; otherwise in the order of the examples.
       seed: of the order.
       repeat: start over at the end, in another order.
-      shard: index of this process and number of processes.
+      pack: several examples a row.
+      examples_per_row: E, at most, when packed.
 
     Raises:
-      InputError: the longest description leaves no room for a prompt.
+      InputError: there are no examples, their files are damaged, the longest description leaves no
+        room for a prompt, or pairs are to be packed.
+      ValueError: `rows` names none, or one outside 0..B−1.
     """
 
     def __init__(
         self,
         task: seqio.Task,
+        folder: Path,
         split: str,
+        rows: Sequence[int] | None = None,
         *,
         batch_size: int,
         max_length: int,
@@ -124,115 +197,92 @@ class Batches:
         shuffle: bool = False,
         seed: int = 0,
         repeat: bool = False,
-        shard: tuple[int, int] = (0, 1),
+        pack: bool = False,
+        examples_per_row: int = 8,
     ):
-        room = max_length - longest_description
-        if room <= prefix_length:
+        self._room = max_length - longest_description
+        if self._room <= prefix_length:
             raise InputError(
                 f"pipeline.train.max_length is {max_length}, but the longest description alone has "
                 f"{longest_description} tokens and what all prompts begin with {prefix_length}. "
                 "Leave it unbound, or bind more."
             )
-        dataset = task.get_dataset(
-            sequence_length=None,
-            split=split,
-            shuffle=shuffle,
-            seed=seed,
-            num_epochs=None if repeat else 1,
-            shard_info=seqio.ShardInfo(index=shard[0], num_shards=shard[1]),
-            trim_output_features=False,
-            try_in_mem_cache=False,  # a cache's place can't be saved
+        wanted = np.arange(batch_size) if rows is None else np.array(rows, np.int64)
+        if not len(wanted) or wanted.min() < 0 or wanted.max() >= batch_size:
+            raise ValueError(f"Rows {wanted.tolist()} of a batch of {batch_size}.")
+        self._files = ExampleFiles(folder, split)
+        if pack and self._files.pairs:
+            raise InputError(
+                f"pipeline.train.pack is True, but the examples in {folder} are pairs, which can't "
+                "be packed. Bind it to False for this model."
+            )
+        self._folder, self._max_length, self._num_clusters = folder, max_length, num_clusters
+        examples = order.ExampleOrder(len(self._files), seed if shuffle else None)
+        if pack:
+            self._order = order.PackedRows(
+                examples, self._lengths, max_length, examples_per_row, repeat=repeat
+            )
+        else:
+            self._order = order.SingleRows(examples, repeat=repeat)
+        self._lay_out = packed_rows if pack else single_rows
+        self._stream = ExampleStream(
+            task,
+            self._files,
+            self._order,
+            wanted,
+            batch_size,
+            room=self._room,
+            prefix_length=prefix_length,
         )
-
-        def convert(example):
-            return _to_model_features(example, max_length, room, prefix_length, num_clusters)
-
-        dataset = dataset.map(convert, num_parallel_calls=2, deterministic=True)
-        if not repeat:
-            padding = tf.data.Dataset.from_tensors(_padding(dataset.element_spec))
-            rest = -sum(1 for _ in dataset) % batch_size
-            dataset = dataset.concatenate(padding.repeat(rest))
-        self._dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(4)
-        self._iterator = iter(self._dataset)
+        self.restart()
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return {name: value.numpy() for name, value in next(self._iterator).items()}
+        grid, place, examples = self._stream.next_batch()
+        self._check(grid[grid != order.ABSENT], examples)
+        self._place = place
+        return self._lay_out(examples, grid, self._max_length, self._num_clusters)
 
     def restart(self) -> None:
         """Goes back to the first batch."""
-        self._iterator = iter(self._dataset)
+        self.move_to(self._order.start)
 
-    def position(self) -> np.ndarray:
-        """The exact position, shuffle buffers included, as bytes (uint8)."""
-        with TemporaryDirectory() as folder:
-            prefix = os.path.join(folder, "position")
-            tf.train.Checkpoint(iterator=self._iterator).write(prefix)
-            names = sorted(os.listdir(folder))
-            contents = [Path(folder, name).read_bytes() for name in names]
-        packed = tf.io.serialize_tensor(
-            tf.constant([part for pair in zip(names, contents, strict=True) for part in pair])
+    def position(self) -> dict[str, int]:
+        """The place of the next batch; what has only been read ahead doesn't count."""
+        return dict(self._place)
+
+    def move_to(self, position: dict[str, int]) -> None:
+        """Goes to a place that `position` returned for the same examples and settings.
+
+        The rows, and with them the number of processes, may be others.
+
+        Raises:
+          InputError: there is no such place.
+        """
+        self._order.check(position)
+        self._place = dict(position)
+        self._stream.move_to(self._place)
+
+    def _lengths(self, ids: Int[np.ndarray, "P"]) -> Int[np.ndarray, "P"]:
+        """Tokens of prompt and description."""
+        prompts, *descriptions = self._files.token_counts(ids)
+        prompts = np.minimum(prompts, self._room)
+        if np.max(prompts + descriptions, initial=0) > self._max_length:
+            raise self._foreign("a description is longer than the longest of the clusters")
+        return prompts + descriptions[0]
+
+    def _check(self, ids: np.ndarray, examples: dict[str, np.ndarray]) -> None:
+        """What came out of the task is what the index promised."""
+        same = np.array_equal(examples["example_id"], ids)
+        if not same or not np.array_equal(examples["lengths"], self._lengths(ids)):
+            raise self._foreign("their tokens are not those that were counted")
+        if examples["seen"].max(initial=0) >= self._num_clusters:
+            raise self._foreign("they name clusters that there are not")
+
+    def _foreign(self, why: str) -> InputError:
+        return InputError(
+            f"The examples in {self._folder} were written with another vocabulary or other "
+            f"clusters ({why}). Run `recexplore tokenize` again."
         )
-        return np.frombuffer(packed.numpy(), np.uint8)
-
-    def move_to(self, position: np.ndarray) -> None:
-        """Goes to a position that `position` returned for the same task and settings."""
-        parts = tf.io.parse_tensor(position.tobytes(), tf.string).numpy()
-        with TemporaryDirectory() as folder:
-            for name, content in zip(parts[::2], parts[1::2], strict=True):
-                Path(folder, name.decode()).write_bytes(content)
-            prefix = os.path.join(folder, "position")
-            checkpoint = tf.train.Checkpoint(iterator=self._iterator)
-            checkpoint.read(prefix).assert_consumed()
-
-
-def count_examples(folder: Path, split: str) -> int:
-    """Number of examples in a split's shards.
-
-    Raises:
-      InputError: there are none.
-    """
-    files = sorted(map(os.fspath, folder.glob(f"{split}-*.tfrecord")))
-    count = sum(1 for _ in tf.data.TFRecordDataset(files)) if files else 0
-    if not count:
-        raise InputError(
-            f"{folder} holds no {split} examples. The log has no novel transition in that period: "
-            "check transitions.split_times and the look-back window."
-        )
-    return count
-
-
-def _to_model_features(example, max_length: int, room: int, prefix_length: int, num_clusters: int):
-    targets = tf.cast(example["targets"], tf.int32)
-    inputs = tf.cast(example["inputs"], tf.int32)
-    rest = inputs[prefix_length:]
-    rest = rest[tf.maximum(tf.shape(inputs)[0] - room, 0) :]
-    inputs = tf.concat([inputs[:prefix_length], rest], axis=0)
-    tokens = tf.concat([inputs, targets], axis=0)
-    length = tf.shape(tokens)[0]
-    tokens = tf.pad(tokens, [[0, max_length - length]])
-    tokens.set_shape([max_length])
-    seen = tf.reduce_any(
-        tf.one_hot(example["seen"], num_clusters, on_value=True, off_value=False), axis=0
-    )
-    seen.set_shape([num_clusters])
-    return {
-        "tokens": tokens,
-        "prompt_lengths": tf.shape(inputs)[0],
-        "lengths": length,
-        "seen": seen,
-        "label": example["label"],
-        "weight": example["weight"],
-        "example_id": example["example_id"],
-    }
-
-
-def _padding(spec):
-    """An example of weight 0 that every computation can swallow."""
-    ones = ("prompt_lengths", "lengths")
-    return {
-        name: (tf.ones if name in ones else tf.zeros)(feature.shape, feature.dtype)
-        for name, feature in spec.items()
-    }

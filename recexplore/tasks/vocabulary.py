@@ -34,6 +34,7 @@ from recexplore.tasks.tokenizer_files import (
 )
 
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2  # of our own vocabulary
+_ROWS_MULTIPLE = 128  # what matrix units and most meshes divide by
 _FILLER = 0  # stands in arrays where no token is; lengths say where that is, whatever 0 means
 
 
@@ -140,7 +141,8 @@ def pretrained_vocabulary(
 def check_embedding(vocabulary: "Vocabulary", num_rows: int, model: Path | str) -> None:
     """Checks that a model's token embedding has a row for every token.
 
-    A pretrained embedding may have more rows, which are padding; a model of ours has as many.
+    A pretrained embedding may have more rows, which are padding; a model of ours has
+    `Vocabulary.embedding_rows`.
 
     Args:
       vocabulary: the tokens.
@@ -150,7 +152,7 @@ def check_embedding(vocabulary: "Vocabulary", num_rows: int, model: Path | str) 
     Raises:
       InputError: it hasn't.
     """
-    if vocabulary.is_own and num_rows != vocabulary.size:
+    if vocabulary.is_own and num_rows != vocabulary.embedding_rows:
         raise InputError(
             f"{model} holds a model for a vocabulary of {num_rows} pieces, but {vocabulary.path} "
             f"has {vocabulary.size}. Train the model again."
