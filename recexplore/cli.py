@@ -53,7 +53,7 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
-    2: something given to it is wrong. 143: it was told to stop (SIGTERM), and what was done is saved.
+    2: something given to it is wrong. 143: it was told to stop (SIGTERM) and has saved its work.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -43,9 +43,7 @@ def description_trie(vocabulary: Vocabulary, descriptions: Sequence[str]) -> Tri
     return build_trie(sequences, vocabulary.eos_id, vocabulary.size, vocabulary.pad_id)
 
 
-def load_model(
-    folder: Path, vocabulary: Vocabulary, shared: dict[Any, Any] | None = None
-) -> Model:
+def load_model(folder: Path, vocabulary: Vocabulary, shared: dict[Any, Any] | None = None) -> Model:
     """A trained model from its folder.
 
     Args:

@@ -130,7 +130,7 @@ class WorkDirectory:
     def run(self, stage: Stage, progress: Progress, overwrite: bool = False) -> bool:
         """Runs a stage unless it is up to date; returns whether it ran.
 
-        Several processes run it together; the first alone prepares the folder and writes the record.
+        Several processes run it together; the first prepares the folder and writes the record.
 
         Raises:
           InputError: an input isn't there or isn't up to date, a value is left open, or the stage's

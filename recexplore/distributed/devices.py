@@ -54,7 +54,7 @@ def peak_flops(devices: list[jax.Device]) -> float:
 
 @functools.cache
 def _measured_flops(size: int = 1536, repeats: int = 4) -> float:
-    """Operations a second of square float32 products on the first local device; the best of some."""
+    """Operations a second of square float32 products on the first local device, at best."""
     matrix = jax.device_put(np.ones((size, size), np.float32), jax.local_devices()[0])
     product = jax.jit(lambda a: a @ a).lower(matrix).compile()
     jax.block_until_ready(product(matrix))

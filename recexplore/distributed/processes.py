@@ -1,7 +1,7 @@
 """Several processes as one program: how they find each other, agree, and are told to stop.
 
-Each process runs the same command. What only one of them may do, such as writing a record, the first
-does; all others wait for it at a meeting point.
+Each process runs the same command. What only one of them may do, such as writing a record, is the
+first one's; the others wait for it at a meeting point.
 """
 
 import glob

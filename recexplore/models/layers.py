@@ -106,9 +106,13 @@ class Attention(nn.Module):
             queries = RMSNorm(c, "kv", name="query_norm")(queries)
             keys = RMSNorm(c, "kv", name="key_norm")(keys)
         queries = rotate(queries, at.rotation_within(window))
-        own = KeyValues(rotate(keys, sight.rotation_within(window)), values)
+        keys = rotate(keys, sight.rotation_within(window))
+        places = ("activation_batch", None, "activation_heads", None)
+        queries = constrain(queries, *places)
+        own = KeyValues(constrain(keys, *places), constrain(values, *places))
         masks = at.masks_within(window)
         mixed = attend(queries, (*context, own), masks, c.attention_softcap, c.attention_scale)
+        mixed = constrain(mixed, *places)
         return _project(self, mixed, "out", heads, embed), own
 
 
@@ -122,7 +126,9 @@ class GatedMLP(nn.Module):
         c = self.config
         embed, hidden = {"embed": c.model_dim}, {"mlp": c.mlp_dim}
         gate = ACTIVATIONS[c.activation](_project(self, x, "wi_0", embed, hidden))
-        return _project(self, gate * _project(self, x, "wi_1", embed, hidden), "wo", hidden, embed)
+        gated = gate * _project(self, x, "wi_1", embed, hidden)
+        gated = constrain(gated, "activation_batch", None, "activation_mlp")
+        return _project(self, gated, "wo", hidden, embed)
 
 
 class Block(nn.Module):
@@ -153,7 +159,25 @@ class Block(nn.Module):
             if c.post_norms:
                 mixed = RMSNorm(c, name="post_mlp_layer_norm")(mixed)
             x = x + drop(mixed)
-        return x, own
+        return constrain(x, "activation_batch", None, "activation_embed"), own
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Says where the axes of an activation belong on the mesh, by the logical rules in force.
+
+    Nothing happens without `nn.logical_axis_rules` or without `jax.set_mesh`, to an array that has
+    other axes than those named (inference has continuations beside the batch), and along an axis
+    that can't be dealt out evenly.
+    """
+    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    if not rules or mesh.empty or x.ndim != len(axes):
+        return x
+    spec = []
+    for size, names in zip(x.shape, nn.logical_to_mesh_axes(axes, rules), strict=True):
+        named = (names,) if isinstance(names, str) else names or ()
+        even = size % math.prod(mesh.shape[name] for name in named) == 0
+        spec.append(names if even else None)
+    return jax.lax.with_sharding_constraint(x, jax.P(*spec))
 
 
 def take_tokens(x: Array, places: Int[Array, "*batch R"]) -> Array:

@@ -16,9 +16,23 @@ from jaxtyping import Array, Bool, Float, Int
 from recexplore.errors import InputError
 from recexplore.models import rotary
 from recexplore.models.attention import KeyValues, Segment
-from recexplore.models.layers import ACTIVATIONS, EVERYTHING, PROJECTIONS, Block, RMSNorm, Sight
+from recexplore.models.layers import (
+    ACTIVATIONS,
+    EVERYTHING,
+    PROJECTIONS,
+    Block,
+    RMSNorm,
+    Sight,
+    constrain,
+)
 
 _DTYPES = ("float32", "bfloat16")
+_REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +74,9 @@ class TransformerConfig:
       dropout_rate: on the embeddings and on what each block adds.
       dtype: of activations; parameters are cast to it where they are used.
       param_dtype: of the parameters; bfloat16 halves a frozen network.
+      remat: what training computes again instead of keeping it, by layer: "none"; "full": all but
+        the layer's input; "dots": all but matrix products; "dots_no_batch": all but the products
+        with kernels, attention's own are computed again.
       lora_rank: r of low-rank adapters (LoRA), the collection "lora" beside "params"; 0 is none.
       lora_targets: the kernels that have them, of query, key, value, out, wi_0, wi_1, wo.
       lora_scale: factor of what they add (alpha / r elsewhere).
@@ -96,6 +113,7 @@ class TransformerConfig:
     dropout_rate: float = 0.0
     dtype: str = "float32"
     param_dtype: str = "float32"
+    remat: str = "none"
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("query", "value")
     lora_scale: float = 1.0
@@ -155,6 +173,7 @@ _CHOICES = {
     "rope_scaling": ("none", "linear", "llama3"),
     "dtype": _DTYPES,
     "param_dtype": _DTYPES,
+    "remat": tuple(_REMAT),
 }
 
 
@@ -179,8 +198,17 @@ class Transformer(nn.Module):
             self.logits_dense = self.param(
                 "logits_dense", zeros, (c.vocab_size, c.model_dim), c.param_dtype
             )
+        block = Block
+        if c.remat != "none":  # inside a loop XLA can't undo it, so prevent_cse isn't needed
+            deterministic = 5
+            block = nn.remat(
+                Block,
+                prevent_cse=False,
+                static_argnums=(deterministic,),
+                policy=_REMAT[c.remat],
+            )
         scanned = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
@@ -241,9 +269,11 @@ class Transformer(nn.Module):
         """
         sight = self._sight(positions, (*context_masks, own_mask), context)
         kept = tuple(KeyValues(segment.keys, segment.values) for segment in context)
-        x = jnp.take(self.token_embedder, tokens, axis=0).astype(self.config.dtype)
+        table = constrain(self.token_embedder, "activation_vocab", "activation_embed")
+        x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)
         if self.config.scaled_embeddings:
             x = x * jnp.asarray(self.config.model_dim**0.5, x.dtype)  # rounded, as Gemma's is
+        x = constrain(x, "activation_batch", None, "activation_embed")
         x = self.dropout(x, deterministic=deterministic)
         if read_at is not None and not deterministic:
             raise ValueError("read_at is for inference; it has no dropout.")
@@ -270,7 +300,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits over the whole vocabulary, in float32."""
-        return self._logits("...d,vd->...v", hidden, self._output_table())
+        logits = self._logits("...d,vd->...v", hidden, self._output_table())
+        return constrain(logits, "activation_batch", None, "activation_vocab")
 
     def token_logits(
         self, hidden: Float[Array, "*batch D"], tokens: Int[Array, "U"]

@@ -125,7 +125,9 @@ class Data:
       InputError: a split has no examples, or see `Batches`.
     """
 
-    def __init__(self, task: seqio.Task, folder: Path, *, seed: int, batch_size: int, **shapes: Any):
+    def __init__(
+        self, task: seqio.Task, folder: Path, *, seed: int, batch_size: int, **shapes: Any
+    ):
         self.batch_size = batch_size
         self._seed = seed
         self._make = functools.partial(Batches, task, folder, batch_size=batch_size, **shapes)

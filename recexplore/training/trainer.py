@@ -215,8 +215,8 @@ def _validate(program: Program, state: State, frozen, batches, trie: Trie) -> di
     batches, found = list(batches), {}
     for name, evaluate in program.evaluations.items():
         parts = [evaluate(state.used, frozen, batch, trie) for batch in batches]
-        sums = [np.sum(column, dtype=np.float64) for column in zip(*jax.device_get(parts))]
-        total, weight, correct = sums
+        columns = zip(*jax.device_get(parts), strict=True)
+        total, weight, correct = (np.sum(column, dtype=np.float64) for column in columns)
         if name == "loss":
             found["validation_accuracy"] = float(correct / max(weight, 1e-9))
         found[f"validation_{name}"] = float(total / max(weight, 1e-9))

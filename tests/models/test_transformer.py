@@ -169,6 +169,7 @@ def test_a_described_network_is_rebuilt():
         ("rope_factor", 0.0),
         ("rope_high_frequency_factor", 1.0),
         ("param_dtype", "float16"),
+        ("remat", "dotz"),
         ("lora_rank", -1),
         ("lora_scale", 0.0),
         ("lora_targets", ()),

@@ -250,12 +250,18 @@ def test_the_best_checkpoint_is_the_one_with_least_of_what_it_is_chosen_by(tmp_p
 def test_a_run_tells_how_fast_it_is(tmp_path):
     run(tmp_path, steps=20, log_every=10)
     names = ("tokens_per_second", "model_flops_utilization", "padding_fraction")
-    found = curve(tmp_path, [*names, "data_wait_fraction", "accuracy", "gradient_norm"])
+    names += ("data_wait_fraction", "accuracy", "gradient_norm")
+    found = curve(tmp_path, names)
     assert found[(20, "padding_fraction")] == 0
     assert found[(20, "tokens_per_second")] > 0
     assert 0 < found[(20, "model_flops_utilization")] < 1
     assert 0 < found[(20, "data_wait_fraction")] < 1
-    assert {name for _, name in found} == {*names, "data_wait_fraction", "accuracy", "gradient_norm"}
+    assert {name for _, name in found} == {
+        *names,
+        "data_wait_fraction",
+        "accuracy",
+        "gradient_norm",
+    }
 
 
 def test_a_profile_of_chosen_steps_is_written(tmp_path):
