@@ -4,12 +4,12 @@ import ast
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from recexplore import pipeline
 from recexplore.configuration import Configuration
 from recexplore.errors import InputError
+from recexplore.models.saved import abstract_parameters
 from recexplore.models.transformer import Transformer, TransformerConfig
 
 FOLDER = Path(__file__).parent.parent / "gin_configs"
@@ -19,12 +19,19 @@ RUNS = {
     "runs/log.gin": ["INTERACTIONS = 'a.csv'", "ITEMS = 'b.csv'"],
 }
 SIZES = {"models/micro.gin": 5e5, "models/tiny.gin": 2e6, "models/small.gin": 20e6}
+PUBLISHED = {  # parameters, as transformers counts them
+    "models/llama3_2_1b.gin": 1_235_814_400,
+    "models/qwen3_0_6b.gin": 596_049_920,
+    "models/gemma2_2b.gin": 2_614_341_888,
+    "models/gemma2_9b.gin": 9_241_705_984,
+    "models/gemma3_1b.gin": 999_885_952,
+}
 
 
 def test_every_file_is_covered_here():
     files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.gin")}
     data = {name for name in files if name.startswith("data/")}
-    assert files == {*RUNS, *SIZES, *data, "pipeline.gin"}
+    assert files == {*RUNS, *SIZES, *PUBLISHED, *data, "pipeline.gin"}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -64,19 +71,33 @@ def test_histories_that_do_not_go_together_are_refused(override, message):
         pipeline.stages(Configuration(["runs/demo.gin"], [override]))
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_every_size_builds_and_is_as_big_as_it_says(name):
-    configuration = Configuration(["runs/demo.gin", name])
-    bindings = configuration.reachable_from("recexplore.pipeline.train", "novelty")
+def config_of(files, model, **sizes):
+    """What pipeline.train makes of the files, but for what it passes itself."""
+    configuration = Configuration(files)
+    bindings = configuration.reachable_from("recexplore.pipeline.train", model)
     prefix = "recexplore.models.transformer.TransformerConfig."
-    sizes = {
+    bound = {
         name.removeprefix(prefix): ast.literal_eval(value)
         for name, value in bindings.items()
         if name.startswith(prefix)
     }
-    model = Transformer(TransformerConfig(vocab_size=1024, max_length=64, **sizes))
-    abstract = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-    assert SIZES[name] / 6 < count < SIZES[name]
+    return TransformerConfig(**sizes | bound)
+
+
+def count_parameters(config):
+    abstract = abstract_parameters(Transformer(config))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_builds_and_is_as_big_as_it_says(name):
+    config = config_of(["runs/demo.gin", name], "novelty", vocab_size=1024, max_length=64)
+    assert SIZES[name] / 6 < count_parameters(config) < SIZES[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("model", ["novelty", "alignment"])
+def test_published_networks_have_their_published_size(name, model):
+    config = config_of(["runs/log.gin", name], model, max_length=64)
+    assert count_parameters(config) == PUBLISHED[name]
+    assert config == config_of(["pipeline.gin", name], model, max_length=64)  # nothing is left over

@@ -21,6 +21,12 @@ DEFAULT_RULES: Rules = (
     ("kv", None),
     ("mlp", "tensor"),
     ("layers", None),
+    ("lora_rank", None),
+    ("activation_batch", ("data", "fsdp")),
+    ("activation_embed", None),
+    ("activation_heads", "tensor"),
+    ("activation_mlp", "tensor"),
+    ("activation_vocab", "tensor"),
 )
 
 

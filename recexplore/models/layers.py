@@ -16,6 +16,7 @@ from recexplore.models.attention import KeyValues, attend
 from recexplore.models.rotary import Rotation, rotate
 
 EVERYTHING = jnp.iinfo(jnp.int32).max  # the window of a layer that has none
+PROJECTIONS = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
 ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=True)}
 
 
@@ -105,9 +106,13 @@ class Attention(nn.Module):
             queries = RMSNorm(c, "kv", name="query_norm")(queries)
             keys = RMSNorm(c, "kv", name="key_norm")(keys)
         queries = rotate(queries, at.rotation_within(window))
-        own = KeyValues(rotate(keys, sight.rotation_within(window)), values)
+        keys = rotate(keys, sight.rotation_within(window))
+        places = ("activation_batch", None, "activation_heads", None)
+        queries = constrain(queries, *places)
+        own = KeyValues(constrain(keys, *places), constrain(values, *places))
         masks = at.masks_within(window)
         mixed = attend(queries, (*context, own), masks, c.attention_softcap, c.attention_scale)
+        mixed = constrain(mixed, *places)
         return _project(self, mixed, "out", heads, embed), own
 
 
@@ -121,7 +126,9 @@ class GatedMLP(nn.Module):
         c = self.config
         embed, hidden = {"embed": c.model_dim}, {"mlp": c.mlp_dim}
         gate = ACTIVATIONS[c.activation](_project(self, x, "wi_0", embed, hidden))
-        return _project(self, gate * _project(self, x, "wi_1", embed, hidden), "wo", hidden, embed)
+        gated = gate * _project(self, x, "wi_1", embed, hidden)
+        gated = constrain(gated, "activation_batch", None, "activation_mlp")
+        return _project(self, gated, "wo", hidden, embed)
 
 
 class Block(nn.Module):
@@ -152,7 +159,25 @@ class Block(nn.Module):
             if c.post_norms:
                 mixed = RMSNorm(c, name="post_mlp_layer_norm")(mixed)
             x = x + drop(mixed)
-        return x, own
+        return constrain(x, "activation_batch", None, "activation_embed"), own
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Says where the axes of an activation belong on the mesh, by the logical rules in force.
+
+    Nothing happens without `nn.logical_axis_rules` or without `jax.set_mesh`, to an array that has
+    other axes than those named (inference has continuations beside the batch), and along an axis
+    that can't be dealt out evenly.
+    """
+    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    if not rules or mesh.empty or x.ndim != len(axes):
+        return x
+    spec = []
+    for size, names in zip(x.shape, nn.logical_to_mesh_axes(axes, rules), strict=True):
+        named = (names,) if isinstance(names, str) else names or ()
+        even = size % math.prod(mesh.shape[name] for name in named) == 0
+        spec.append(names if even else None)
+    return jax.lax.with_sharding_constraint(x, jax.P(*spec))
 
 
 def take_tokens(x: Array, places: Int[Array, "*batch R"]) -> Array:
@@ -169,19 +194,37 @@ def _project(
     outputs: dict[str, int],
     bias: bool = False,
 ) -> Array:
-    """x times the kernel `name`, over the axes `inputs`: logical name → size, in order."""
-    sizes, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
+    """x times the kernel `name`, over the axes `inputs`: logical name → size, in order.
+
+    With LoRA (Hu et al. 2022) it is x W + scale · (x A) B; A and B are never multiplied together,
+    so that a step costs no product of the kernel's size more.
+    """
+    c, zeros = module.config, nn.initializers.zeros
     spread = nn.initializers.normal(stddev=math.prod(inputs.values()) ** -0.5)
-    y = jnp.tensordot(x, _parameter(module, name, sizes, axes, spread), axes=len(inputs))
+    y = jnp.tensordot(x, _parameter(module, name, inputs | outputs, spread), axes=len(inputs))
     if bias:
-        sizes = tuple(outputs.values())
-        added = _parameter(module, f"{name}_bias", sizes, tuple(outputs), nn.initializers.zeros)
+        added = _parameter(module, f"{name}_bias", outputs, zeros)
         y = y + added.reshape((1,) * (y.ndim - added.ndim) + added.shape)
+    if c.lora_rank and name in c.lora_targets:
+        rank = {"lora_rank": c.lora_rank}
+        low = jnp.tensordot(x, _adapter(module, f"{name}_a", inputs | rank, spread), len(inputs))
+        high = jnp.tensordot(low, _adapter(module, f"{name}_b", rank | outputs, zeros), 1)
+        y = y + c.lora_scale * high
     return y
 
 
-def _parameter(module: nn.Module, name: str, sizes: tuple, axes: tuple, initializer: Any) -> Array:
+def _parameter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
     """A parameter with its logical axes, cast to the computation's dtype."""
-    boxed = nn.with_logical_partitioning(initializer, axes)
+    boxed = nn.with_logical_partitioning(initializer, tuple(axes))
     c = module.config
-    return module.param(name, boxed, sizes, c.param_dtype).astype(c.dtype)
+    return module.param(name, boxed, tuple(axes.values()), c.param_dtype).astype(c.dtype)
+
+
+def _adapter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
+    """The same in the collection "lora", kept in float32 because it is always trained."""
+    boxed = nn.with_logical_partitioning(initializer, tuple(axes))
+
+    def start():
+        return boxed(module.make_rng("params"), tuple(axes.values()), jnp.float32)
+
+    return module.variable("lora", name, start).value.astype(module.config.dtype)

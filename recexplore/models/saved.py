@@ -42,9 +42,12 @@ def abstract_parameters(model: nn.Module) -> Any:
     """Shapes and dtypes of a network's variables."""
 
     def initialize():
-        return model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
+        # Unboxed inside: outside there is nothing that rules in force could place.
+        return nn.unbox(
+            model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
+        )
 
-    return nn.unbox(jax.eval_shape(initialize))
+    return jax.eval_shape(initialize)
 
 
 def load_parameters(folder: Path, model: nn.Module) -> Any:

@@ -16,9 +16,23 @@ from jaxtyping import Array, Bool, Float, Int
 from recexplore.errors import InputError
 from recexplore.models import rotary
 from recexplore.models.attention import KeyValues, Segment
-from recexplore.models.layers import ACTIVATIONS, EVERYTHING, Block, RMSNorm, Sight
+from recexplore.models.layers import (
+    ACTIVATIONS,
+    EVERYTHING,
+    PROJECTIONS,
+    Block,
+    RMSNorm,
+    Sight,
+    constrain,
+)
 
 _DTYPES = ("float32", "bfloat16")
+_REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +74,12 @@ class TransformerConfig:
       dropout_rate: on the embeddings and on what each block adds.
       dtype: of activations; parameters are cast to it where they are used.
       param_dtype: of the parameters; bfloat16 halves a frozen network.
+      remat: what training computes again instead of keeping it, by layer: "none"; "full": all but
+        the layer's input; "dots": all but matrix products; "dots_no_batch": all but the products
+        with kernels, attention's own are computed again.
+      lora_rank: r of low-rank adapters (LoRA), the collection "lora" beside "params"; 0 is none.
+      lora_targets: the kernels that have them, of query, key, value, out, wi_0, wi_1, wo.
+      lora_scale: factor of what they add (alpha / r elsewhere).
       scan_unroll: layers compiled side by side; more run faster and compile longer.
     """
 
@@ -93,11 +113,15 @@ class TransformerConfig:
     dropout_rate: float = 0.0
     dtype: str = "float32"
     param_dtype: str = "float32"
+    remat: str = "none"
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ("query", "value")
+    lora_scale: float = 1.0
     scan_unroll: int = 1
 
     def __post_init__(self):
-        windows = tuple(self.attention_windows)  # gin and JSON have lists
-        object.__setattr__(self, "attention_windows", windows)
+        for field in ("attention_windows", "lora_targets"):  # gin and JSON have lists
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in _FROM_ONE:
             self._check(getattr(self, field) >= 1, field, "must be at least 1")
         for field in _POSITIVE:
@@ -111,8 +135,14 @@ class TransformerConfig:
             self.num_heads % self.num_kv_heads == 0, "num_kv_heads", "must divide num_heads"
         )
         self._check(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even")
+        windows, targets = self.attention_windows, self.lora_targets
         self._check(
             len(windows) >= 1 and min(windows) >= 0, "attention_windows", "must be sizes from 0 on"
+        )
+        self._check(
+            len(targets) >= 1 and set(targets) <= set(PROJECTIONS),
+            "lora_targets",
+            f"must have at least one of {', '.join(PROJECTIONS)}, and nothing else",
         )
         self._check(
             self.rope_high_frequency_factor > self.rope_low_frequency_factor,
@@ -132,13 +162,18 @@ _FROM_ONE = (
     *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_dim"),
     *("max_length", "scan_unroll", "rope_original_length"),
 )
-_POSITIVE = ("norm_epsilon", "rope_theta", "rope_factor", "rope_low_frequency_factor")
-_NOT_NEGATIVE = ("attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta")
+_POSITIVE = (
+    *("norm_epsilon", "rope_theta", "rope_factor", "rope_low_frequency_factor", "lora_scale"),
+)
+_NOT_NEGATIVE = (
+    *("attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "lora_rank"),
+)
 _CHOICES = {
     "activation": tuple(ACTIVATIONS),
     "rope_scaling": ("none", "linear", "llama3"),
     "dtype": _DTYPES,
     "param_dtype": _DTYPES,
+    "remat": tuple(_REMAT),
 }
 
 
@@ -163,9 +198,18 @@ class Transformer(nn.Module):
             self.logits_dense = self.param(
                 "logits_dense", zeros, (c.vocab_size, c.model_dim), c.param_dtype
             )
+        block = Block
+        if c.remat != "none":  # inside a loop XLA can't undo it, so prevent_cse isn't needed
+            deterministic = 5
+            block = nn.remat(
+                Block,
+                prevent_cse=False,
+                static_argnums=(deterministic,),
+                policy=_REMAT[c.remat],
+            )
         scanned = nn.scan(
-            Block,
-            variable_axes={"params": 0},
+            block,
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             out_axes=0,
@@ -225,9 +269,11 @@ class Transformer(nn.Module):
         """
         sight = self._sight(positions, (*context_masks, own_mask), context)
         kept = tuple(KeyValues(segment.keys, segment.values) for segment in context)
-        x = jnp.take(self.token_embedder, tokens, axis=0).astype(self.config.dtype)
+        table = constrain(self.token_embedder, "activation_vocab", "activation_embed")
+        x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)
         if self.config.scaled_embeddings:
             x = x * jnp.asarray(self.config.model_dim**0.5, x.dtype)  # rounded, as Gemma's is
+        x = constrain(x, "activation_batch", None, "activation_embed")
         x = self.dropout(x, deterministic=deterministic)
         if read_at is not None and not deterministic:
             raise ValueError("read_at is for inference; it has no dropout.")
@@ -240,11 +286,12 @@ class Transformer(nn.Module):
     def _layers_read_at(self, x, context, sight, read_at) -> tuple[Array, KeyValues]:
         """`self.layers`, the last of which comes after the others; without dropout."""
         block, count = Block(self.config, parent=None), self.config.num_layers
-        stacked = nn.unbox(self.variables["params"]["layers"]), context, self._windows()
+        variables = {name: tree["layers"] for name, tree in self.variables.items()}
+        stacked = nn.unbox(variables), context, self._windows()
 
         def run(x, layer, read_at=None):
-            params, kept, window = jax.tree.map(lambda a: a[layer], stacked)
-            return block.apply({"params": params}, x, kept, window, sight, True, read_at)
+            variables, kept, window = jax.tree.map(lambda a: a[layer], stacked)
+            return block.apply(variables, x, kept, window, sight, True, read_at)
 
         unroll = min(self.config.scan_unroll, max(count - 1, 1))
         x, first = jax.lax.scan(run, x, jnp.arange(count - 1), unroll=unroll)
@@ -253,7 +300,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits over the whole vocabulary, in float32."""
-        return self._logits("...d,vd->...v", hidden, self._output_table())
+        logits = self._logits("...d,vd->...v", hidden, self._output_table())
+        return constrain(logits, "activation_batch", None, "activation_vocab")
 
     def token_logits(
         self, hidden: Float[Array, "*batch D"], tokens: Int[Array, "U"]
