@@ -5,7 +5,7 @@ SeqIO vocabulary for each. SeqIO adds EOS itself, where a feature asks for it.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import seqio
@@ -70,7 +70,7 @@ class Tokens(seqio.Vocabulary):
     def _base_vocab_size(self) -> int:
         return self._vocabulary.size
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray | tf.Tensor) -> str:
         """The text of token ids up to EOS."""
         return self._decode(np.asarray(ids).tolist())
 
@@ -81,19 +81,19 @@ class Tokens(seqio.Vocabulary):
     def _encode(self, s: str) -> Sequence[int]:
         return [*self._begin, *self._vocabulary.encode(self._lead + s)]
 
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def _encode_tf(self, s: tf.Tensor | str) -> tf.Tensor:
         if self._graph is not None:
             tokens = self._graph.encode_tf(tf.strings.join([self._lead, s]))
             return tf.concat([tf.constant(self._begin, tf.int32), tokens], axis=0)
 
-        def encode(text: bytes) -> np.ndarray:
-            return np.array(self._encode(text.decode()), np.int32)
+        def encode(text):  # bytes in a graph, an array of them outside
+            return np.array(self._encode(np.asarray(text, object).item().decode()), np.int32)
 
-        tokens = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+        tokens = tf.numpy_function(encode, [tf.convert_to_tensor(s)], tf.int32, stateful=False)
         tokens.set_shape([None])
         return tokens
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._vocabulary.decode(ids)
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:

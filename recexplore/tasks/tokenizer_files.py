@@ -88,9 +88,9 @@ class SentencePieces:
         found = getattr(self._processor, f"{role}_id")()
         return None if found < 0 else found
 
-    def begin(self) -> tuple[int, ...] | None:
-        """What the model's pipeline puts before a text; SentencePiece models don't say."""
-        return None
+    def begin(self) -> tuple[int, ...]:
+        """What the model itself puts before a text: nothing."""
+        return ()
 
 
 class JsonPieces:
@@ -118,6 +118,7 @@ class JsonPieces:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self._shows = functools.cache(lambda letter: self.decode(self.encode(letter)).strip())
         # Ids may have gaps, so their number says too little.
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
@@ -133,13 +134,10 @@ class JsonPieces:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def spells(self, text: str) -> bool:
-        """Whether all of a text has pieces: no unknown token, and no letter that was dropped."""
-        found = self._tokenizer.encode(text, add_special_tokens=False)
-        kept = {place for first, end in found.offsets for place in range(first, end)}
-        return self._unknown not in found.ids and all(
-            place in kept or unicodedata.category(letter)[0] not in _VISIBLE
-            for place, letter in enumerate(text)
-        )
+        """Whether all of a text has pieces: no unknown token, and no letter that is dropped."""
+        if self._unknown is not None:
+            return self._unknown not in self.encode(text)
+        return all(unicodedata.category(c)[0] not in _VISIBLE or self._shows(c) for c in {*text})
 
     def id_of(self, token: str) -> int | None:
         """The id of a token, if there is such a one."""
@@ -154,7 +152,7 @@ class JsonPieces:
         """What the file itself says about 'bos', 'eos' or 'pad': nothing."""
         return None
 
-    def begin(self) -> tuple[int, ...] | None:
+    def begin(self) -> tuple[int, ...]:
         """What the file's own post-processor puts before a text."""
         found = self._tokenizer.encode("a")
         special = [*found.special_tokens_mask, 0]
@@ -184,8 +182,10 @@ def special_tokens(pieces: SentencePieces | JsonPieces) -> SpecialTokens:
     """Which tokens begin, end and pad a text.
 
     For a pretrained tokenizer the first of tokenizer_config.json, special_tokens_map.json,
-    config.json and generation_config.json beside it that says something is followed, and then the
-    model itself.
+    config.json and generation_config.json beside it that names a token is followed, and then the
+    model itself. A prompt begins with what the post-processor of a tokenizer.json puts before a
+    text, otherwise with BOS where `add_bos_token` says so or, if nothing does, where a
+    SentencePiece model has one.
 
     Raises:
       InputError: nothing says what ends a text, one of those files is damaged or names a token that
@@ -206,9 +206,9 @@ def special_tokens(pieces: SentencePieces | JsonPieces) -> SpecialTokens:
             "beside it names an eos_token. Put the model's own tokenizer_config.json beside it."
         )
     wanted = stated.get(_TOKENIZER_CONFIG, {}).get("add_bos_token")
-    begin = pieces.begin() if wanted is None else None
-    if begin is None:
-        begin = () if bos_id is None or wanted is False else (bos_id,)
+    if wanted is None:
+        wanted = pieces.own_id("bos") is not None
+    begin = pieces.begin() or ((bos_id,) if wanted and bos_id is not None else ())
     if pad_id in (*begin, eos_id) or (pad_id is not None and pieces.is_text(pad_id)):
         pad_id = None
     return SpecialTokens(begin, eos_id, pad_id)

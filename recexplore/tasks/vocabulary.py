@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from jaxtyping import Int
 
 from recexplore import artifacts
 from recexplore.errors import InputError
@@ -209,7 +210,7 @@ class Vocabulary:
         """Token ids of a text and nothing around it."""
         return self._pieces.encode(text)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         """The text of a prompt's or a description's token ids, or of both joined, up to EOS.
 
         What stands before every prompt, padding and a description's lead give nothing.
@@ -277,7 +278,7 @@ class Vocabulary:
 
     def encode_prompts(
         self, prompts: Sequence[str], max_length: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, "B"]]:
         """Token ids of prompts after the prefix, right-padded: [B, S] and lengths [B], both int32.
 
         A prompt longer than `max_length`, prefix and all, loses the oldest tokens after the prefix,
