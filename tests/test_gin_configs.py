@@ -31,7 +31,7 @@ PUBLISHED = {  # parameters, as transformers counts them
 def test_every_file_is_covered_here():
     files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.gin")}
     data = {name for name in files if name.startswith("data/")}
-    others = {"pipeline.gin", "models/pretrained_tokenizer.gin"}
+    others = {"pipeline.gin", "models/pretrained.gin"}
     assert files == {*RUNS, *SIZES, *PUBLISHED, *data, *others}
 
 
@@ -47,7 +47,7 @@ def test_every_run_is_complete_and_every_binding_used(name):
 
 def test_a_pretrained_tokenizer_goes_with_any_run():
     tokenize = "recexplore.pipeline.tokenize"
-    files = ["runs/demo.gin", "models/pretrained_tokenizer.gin"]
+    files = ["runs/demo.gin", "models/pretrained.gin"]
     configuration = Configuration(files, ["PRETRAINED = '/models/gemma'"])
     configuration.check_all_used(
         [(stage.selector, stage.model) for stage in pipeline.stages(configuration)]

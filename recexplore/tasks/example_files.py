@@ -23,9 +23,9 @@ INDEX = np.dtype(
         ("offset", "<i8"),  # of the record's header
         ("size", "<i4"),  # of its bytes
         ("checksum", "<u4"),  # CRC-32 of its bytes
-        ("prompt_tokens", "<i4"),
-        ("description_tokens", "<i4"),  # EOS included, as is the next
-        ("rejected_tokens", "<i4"),  # 0 where there is no worse description
+        ("inputs", "<i4"),  # tokens of the prompt
+        ("targets", "<i4"),  # of the description, EOS included
+        ("rejected", "<i4"),  # of the worse description, EOS included; 0 where there is none
     ]
 )
 
@@ -50,7 +50,7 @@ def write_index(folder: Path, split: str, index: np.ndarray) -> None:
 def has_pairs(folder: Path) -> bool:
     """Whether the examples of a folder name a worse description each."""
     indices = [_read_index(path) for path in sorted(folder.glob("*.index.npy"))]
-    return any(len(index) and index[0]["rejected_tokens"] > 0 for index in indices)
+    return any(len(index) and index[0]["rejected"] > 0 for index in indices)
 
 
 class ExampleFiles:
@@ -94,16 +94,12 @@ class ExampleFiles:
     @property
     def pairs(self) -> bool:
         """Whether each example names a worse description."""
-        return bool(self._index[0]["rejected_tokens"] > 0)
+        return bool(self._index[0]["rejected"] > 0)
 
-    def token_counts(
-        self, ids: Int[np.ndarray, "P"]
-    ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"]]:
-        """Tokens of some examples' prompts, descriptions and worse descriptions."""
+    def token_counts(self, ids: Int[np.ndarray, "P"]) -> dict[str, Int[np.ndarray, "P"]]:
+        """Tokens of some examples' `inputs`, `targets` and `rejected`, as in `INDEX`."""
         rows = self._rows(ids)
-        names = ("prompt_tokens", "description_tokens", "rejected_tokens")
-        prompts, descriptions, rejected = (rows[name].astype(np.int64) for name in names)
-        return prompts, descriptions, rejected
+        return {name: rows[name].astype(np.int64) for name in ("inputs", "targets", "rejected")}
 
     def read(self, ids: Int[np.ndarray, "P"]) -> list[bytes]:
         """The records of some examples.

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxtyping import Int
 from recexplore.errors import InputError
 from recexplore.tasks.example_files import ExampleFiles
 from recexplore.tasks.order import ABSENT, Place, RowOrder
+from recexplore.tasks.rows import NOTHING
 
 FEATURES = {
     "inputs": tf.io.FixedLenFeature([], tf.string),
@@ -24,7 +26,7 @@ FEATURES = {
 PAIR_FEATURES = {**FEATURES, "rejected": tf.io.FixedLenFeature([], tf.string)}
 _CHUNK = 64  # examples that leave TensorFlow together, whatever the batches
 _CHUNKS_AHEAD = 4
-_NONE_SEEN = -1
+_MAX_THREADS = 16
 Arrays = dict[str, np.ndarray]
 
 
@@ -58,8 +60,6 @@ class ExampleStream:
       row_order: which of them a row holds.
       rows: which of a batch's rows this process wants.
       batch_size: B.
-      room: for the prompt, in tokens.
-      prefix_length: tokens that no prompt loses.
     """
 
     def __init__(
@@ -69,9 +69,6 @@ class ExampleStream:
         row_order: RowOrder,
         rows: Int[np.ndarray, "R"],
         batch_size: int,
-        *,
-        room: int,
-        prefix_length: int,
     ):
         self._files, self._order, self._rows, self._batch_size = files, row_order, rows, batch_size
         records = tf.data.Dataset.from_generator(
@@ -80,18 +77,19 @@ class ExampleStream:
         features = PAIR_FEATURES if files.pairs else FEATURES
         examples = records.unbatch().map(
             lambda record: tf.io.parse_single_example(record, features),
-            num_parallel_calls=tf.data.AUTOTUNE,
+            num_parallel_calls=2,
         )
         examples = task.preprocess_postcache(task.preprocess_precache(examples), None)
-        examples = examples.map(
-            lambda example: _to_model_features(example, room, prefix_length),
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
-        padding = {name: tf.zeros([], spec.dtype) for name, spec in examples.element_spec.items()}
-        padding["seen"] = tf.constant(_NONE_SEEN, tf.int64)
-        self._dataset = examples.padded_batch(_CHUNK, padding_values=padding).prefetch(
-            _CHUNKS_AHEAD
-        )
+        padding = {
+            name: tf.constant("" if spec.dtype == tf.string else NOTHING, spec.dtype)
+            for name, spec in examples.element_spec.items()
+        }
+        chunks = examples.padded_batch(_CHUNK, padding_values=padding)
+        # What else the preprocessors leave, such as the texts, is not for models.
+        chunks = chunks.map(lambda chunk: {name: chunk[name] for name in features})
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = min(os.cpu_count() or 1, _MAX_THREADS)
+        self._dataset = chunks.prefetch(_CHUNKS_AHEAD).with_options(options)
         self._nothing = {
             name: np.zeros([0] * len(spec.shape), spec.dtype.as_numpy_dtype)
             for name, spec in self._dataset.element_spec.items()
@@ -120,7 +118,10 @@ class ExampleStream:
         if not current.batches:
             raise StopIteration
         grid, place = current.batches.popleft()
-        return grid, place, self._take(int(np.sum(grid != ABSENT)))
+        count = int(np.sum(grid != ABSENT))
+        if count > _count(current.chunks):
+            raise ValueError("The task's preprocessors must turn one example into one.")
+        return grid, place, self._take(count)
 
     def _read(self) -> Iterator[np.ndarray]:
         """The records of batch after batch; tf.data calls this in a thread of its own."""
@@ -158,43 +159,19 @@ class ExampleStream:
             if size > count:
                 chunks.appendleft({name: values[count:] for name, values in chunk.items()})
             count -= min(size, count)
-        return {name: _joined(name, [part[name] for part in parts]) for name in self._nothing}
+        return {name: _joined([part[name] for part in parts]) for name in self._nothing}
 
 
 def _count(chunks: collections.deque) -> int:
     return sum(len(chunk["example_id"]) for chunk in chunks)
 
 
-def _joined(name: str, parts: list[np.ndarray]) -> np.ndarray:
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
     if parts[0].ndim == 1:
         return np.concatenate(parts)
     width = max(part.shape[1] for part in parts)
-    filler = _NONE_SEEN if name == "seen" else 0
-    return np.concatenate(
-        [
-            np.pad(part, [(0, 0), (0, width - part.shape[1])], constant_values=filler)
-            for part in parts
-        ]
-    )
-
-
-def _to_model_features(example, room: int, prefix_length: int):
-    inputs = tf.cast(example["inputs"], tf.int32)
-    rest = inputs[prefix_length:]
-    rest = rest[tf.maximum(tf.shape(inputs)[0] - room, 0) :]
-    inputs = tf.concat([inputs[:prefix_length], rest], axis=0)
-    features = {
-        "prompt_lengths": tf.shape(inputs)[0],
-        "seen": example["seen"],
-        "label": example["label"],
-        "weight": example["weight"],
-        "example_id": example["example_id"],
-    }
-    for description, tokens, lengths in (
-        ("targets", "tokens", "lengths"),
-        ("rejected", "other_tokens", "other_lengths"),
-    ):
-        if description in example:
-            whole = tf.concat([inputs, tf.cast(example[description], tf.int32)], axis=0)
-            features |= {tokens: whole, lengths: tf.shape(whole)[0]}
-    return features
+    padded = [
+        np.pad(part, [(0, 0), (0, width - part.shape[1])], constant_values=NOTHING)
+        for part in parts
+    ]
+    return np.concatenate(padded)

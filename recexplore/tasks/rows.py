@@ -1,59 +1,74 @@
 """Tokenised examples → rows of a batch, in numpy.
 
-`tokens` [k, W] and what else there is of k examples come padded to whatever length; a grid of
-example ids [R, E], `order.ABSENT` where there is none, says which row and place each of them goes
-to. The k examples stand in the grid's order, row after row.
+What there is of k examples comes padded to whatever length: `inputs`, `targets` and, of pairs,
+`rejected` int [k, …] token ids, `seen` int [k, …] cluster ids, each with `NOTHING` behind its end;
+`label` and `weight` float [k]. A grid of example ids [R, E], `order.ABSENT` where there is none,
+says which row and place each of them goes to; the k examples stand in its order, row after row.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from recexplore.tasks.order import ABSENT
 
+NOTHING = -1
 Arrays = dict[str, np.ndarray]
 
 
+class Shape(NamedTuple):
+    """What rows look like.
+
+    Attributes:
+      max_length: T.
+      room: tokens of a prompt at most; a longer one loses its oldest tokens after the prefix.
+      prefix_length: tokens that all prompts begin with.
+      num_clusters: M.
+    """
+
+    max_length: int
+    room: int
+    prefix_length: int
+    num_clusters: int
+
+
 def single_rows(
-    examples: Mapping[str, np.ndarray],
-    grid: Int[np.ndarray, "R 1"],
-    max_length: int,
-    num_clusters: int,
+    examples: Mapping[str, np.ndarray], grid: Int[np.ndarray, "R 1"], shape: Shape
 ) -> Arrays:
     """Rows of one example each.
 
     Args:
-      examples: `tokens` int [k, W], `prompt_lengths`, `lengths` int [k], `seen` int [k, S] cluster
-        ids and −1, `label`, `weight` float [k]; for pairs `other_tokens` and `other_lengths` too.
+      examples: k of them.
       grid: example ids.
-      max_length: T.
-      num_clusters: M.
+      shape: T and so on.
 
     Returns:
       `tokens` int32 [R, T], prompt, description and EOS, right-padded; `prompt_lengths` and
       `lengths` int32 [R], which all masks come from; `seen` bool [R, M]; `label` and `weight`
       float32 [R]; `example_id` int64 [R]; for pairs `other_tokens` int32 [R, T] and `other_lengths`
-      int32 [R], with the worse description. Absent ones weigh 0 and have one token of padding.
+      int32 [R], with the worse description. An absent example has id −1, weight 0 and a padding
+      token for a prompt.
     """
-    scalars = _scalars(examples, grid, num_clusters)
+    made = _beside_tokens(examples, grid, shape)
+    made = {name: values[:, 0] for name, values in made.items()}
     rows, _ = np.nonzero(grid != ABSENT)
-    made = {name: values[:, 0] for name, values in scalars.items()}
-    for tokens, lengths in (("tokens", "lengths"), ("other_tokens", "other_lengths")):
-        if tokens in examples:
-            (example, within), values = _spread(examples[tokens], examples[lengths])
-            made[tokens] = np.zeros((len(grid), max_length), np.int32)
-            made[tokens][rows[example], within] = values
-            made[lengths] = np.ones(len(grid), np.int32)
-            made[lengths][rows] = examples[lengths]
+    for description, name, lengths in (
+        ("targets", "tokens", "lengths"),
+        ("rejected", "other_tokens", "other_lengths"),
+    ):
+        if description in examples:
+            joined = join(examples["inputs"], examples[description], shape)
+            tokens = joined.tokens[:, : shape.max_length]
+            made[name] = np.zeros((len(grid), shape.max_length), np.int32)
+            made[name][rows, : tokens.shape[1]] = np.where(tokens == NOTHING, 0, tokens)
+            made[lengths] = _laid_out(joined.lengths, grid, np.int32, 1)[:, 0]
     return made
 
 
 def packed_rows(
-    examples: Mapping[str, np.ndarray],
-    grid: Int[np.ndarray, "R E"],
-    max_length: int,
-    num_clusters: int,
+    examples: Mapping[str, np.ndarray], grid: Int[np.ndarray, "R E"], shape: Shape
 ) -> Arrays:
     """Rows of up to E examples, one behind the other.
 
@@ -63,62 +78,75 @@ def packed_rows(
         positions    0 1 2 0 1 0      lengths  3 2 0
 
     Args:
-      examples: as for `single_rows`, without pairs.
+      examples: k of them, no pairs.
       grid: example ids.
-      max_length: T.
-      num_clusters: M.
+      shape: T and so on.
 
     Returns:
       `tokens`, `segment_ids` (1..E, 0 for padding) and `positions` (within the example) int32
       [R, T]; `starts`, `prompt_lengths`, `lengths` int32 [R, E]; `seen` bool [R, E, M]; `label` and
-      `weight` float32 [R, E]; `example_id` int64 [R, E]. Absent examples have id −1, weight 0,
-      length 0, prompt length 1 and start 0.
+      `weight` float32 [R, E]; `example_id` int64 [R, E]. An absent example has id −1, weight 0,
+      start 0, length 0 and prompt length 1.
     """
-    made = _scalars(examples, grid, num_clusters)
+    made = _beside_tokens(examples, grid, shape)
     real = grid != ABSENT
-    lengths = made["lengths"]
-    made["starts"] = np.where(real, np.cumsum(lengths, axis=1) - lengths, 0).astype(np.int32)
+    joined = join(examples["inputs"], examples["targets"], shape)
+    lengths = _laid_out(joined.lengths, grid, np.int32, 0)
+    starts = np.where(real, np.cumsum(lengths, axis=1) - lengths, 0)
+    made |= {"starts": starts.astype(np.int32), "lengths": lengths}
     rows, slots = np.nonzero(real)
-    (example, within), values = _spread(examples["tokens"], examples["lengths"])
-    where = rows[example], made["starts"][rows, slots][example] + within
-    shape = len(grid), max_length
-    for name, numbers in (
-        ("tokens", values),
+    example, place = np.nonzero(joined.tokens != NOTHING)
+    where = rows[example], starts[rows, slots][example] + place
+    for name, values in (
+        ("tokens", joined.tokens[example, place]),
         ("segment_ids", slots[example] + 1),
-        ("positions", within),
+        ("positions", place),
     ):
-        made[name] = np.zeros(shape, np.int32)
-        made[name][where] = numbers
+        made[name] = np.zeros((len(grid), shape.max_length), np.int32)
+        made[name][where] = values
     return made
 
 
-def _scalars(examples: Mapping[str, np.ndarray], grid: np.ndarray, num_clusters: int) -> Arrays:
-    """What doesn't depend on tokens' places, laid out as the grid."""
-    real = grid != ABSENT
+class Joined(NamedTuple):
+    """Prompts and what follows them, `NOTHING` behind the end, and how many tokens that is."""
 
-    def laid_out(name: str, kind: type, absent: int) -> np.ndarray:
-        values = np.full(grid.shape, absent, kind)
-        values[real] = examples[name]
-        return values
+    tokens: Int[np.ndarray, "k W"]
+    lengths: Int[np.ndarray, "k"]
 
-    example, which = np.nonzero(examples["seen"] >= 0)
-    seen = np.zeros((len(examples["seen"]), num_clusters), bool)
-    seen[example, examples["seen"][example, which]] = True
-    all_seen = np.zeros((*grid.shape, num_clusters), bool)
-    all_seen[real] = seen
+
+def join(
+    inputs: Int[np.ndarray, "k P"], description: Int[np.ndarray, "k D"], shape: Shape
+) -> Joined:
+    """Prompts, cut to the room there is, with descriptions behind them."""
+    real = inputs != NOTHING
+    too_many = np.maximum(real.sum(axis=1, keepdims=True) - shape.room, 0)
+    column = np.arange(inputs.shape[1])[None, :]
+    kept = real & ((column < shape.prefix_length) | (column >= shape.prefix_length + too_many))
+    both = np.concatenate([np.where(kept, inputs, NOTHING), description], axis=1)
+    real_first = np.argsort(both == NOTHING, axis=1, kind="stable")
+    return Joined(
+        np.take_along_axis(both, real_first, axis=1),
+        np.sum(both != NOTHING, axis=1),
+    )
+
+
+def _beside_tokens(examples: Mapping[str, np.ndarray], grid: np.ndarray, shape: Shape) -> Arrays:
+    example, column = np.nonzero(examples["seen"] != NOTHING)
+    seen = np.zeros((len(examples["seen"]), shape.num_clusters), bool)
+    seen[example, examples["seen"][example, column]] = True
+    all_seen = np.zeros((*grid.shape, shape.num_clusters), bool)
+    all_seen[grid != ABSENT] = seen
+    prompt_lengths = np.minimum(np.sum(examples["inputs"] != NOTHING, axis=1), shape.room)
     return {
-        "prompt_lengths": laid_out("prompt_lengths", np.int32, 1),
-        "lengths": laid_out("lengths", np.int32, 0),
+        "prompt_lengths": _laid_out(prompt_lengths, grid, np.int32, 1),
         "seen": all_seen,
-        "label": laid_out("label", np.float32, 0),
-        "weight": laid_out("weight", np.float32, 0),
+        "label": _laid_out(examples["label"], grid, np.float32, 0),
+        "weight": _laid_out(examples["weight"], grid, np.float32, 0),
         "example_id": grid.astype(np.int64),
     }
 
 
-def _spread(
-    tokens: np.ndarray, lengths: np.ndarray
-) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Of every token that is no padding: its example and place, and the token."""
-    at = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
-    return at, tokens[at]
+def _laid_out(values: np.ndarray, grid: np.ndarray, kind: type, absent: int) -> np.ndarray:
+    laid_out = np.full(grid.shape, absent, kind)
+    laid_out[grid != ABSENT] = values
+    return laid_out

@@ -19,7 +19,7 @@ from recexplore.tasks import example_files, order
 from recexplore.tasks.example_files import NUM_SHARDS, ExampleFiles
 from recexplore.tasks.example_stream import FEATURES, PAIR_FEATURES, ExampleStream
 from recexplore.tasks.examples import Example
-from recexplore.tasks.rows import packed_rows, single_rows
+from recexplore.tasks.rows import NOTHING, Shape, packed_rows, single_rows
 from recexplore.tasks.seqio_vocabulary import description_tokens, prompt_tokens
 from recexplore.tasks.vocabulary import Vocabulary
 
@@ -51,9 +51,9 @@ def write_examples(
     # There are few different descriptions, each in many examples.
     texts = {text for example in examples for text in (example.targets, example.rejected)}
     counts = {text: len(vocabulary.encode_description(text)) for text in texts - {""}}
-    index["prompt_tokens"] = [len(vocabulary.encode(example.inputs)) for example in examples]
-    index["description_tokens"] = [counts[example.targets] for example in examples]
-    index["rejected_tokens"] = [counts.get(example.rejected, 0) for example in examples]
+    index["inputs"] = [len(vocabulary.encode_prompt(example.inputs)) for example in examples]
+    index["targets"] = [counts[example.targets] for example in examples]
+    index["rejected"] = [counts.get(example.rejected, 0) for example in examples]
     example_files.write_index(folder, split, index)
 
 
@@ -202,8 +202,8 @@ class Batches:
         pack: bool = False,
         examples_per_row: int = 8,
     ):
-        self._room = max_length - longest_description
-        if self._room <= prefix_length:
+        room = max_length - longest_description
+        if room <= prefix_length:
             raise InputError(
                 f"pipeline.train.max_length is {max_length}, but the longest description alone has "
                 f"{longest_description} tokens and what all prompts begin with {prefix_length}. "
@@ -218,7 +218,8 @@ class Batches:
                 f"pipeline.train.pack is True, but the examples in {folder} are pairs, which can't "
                 "be packed. Bind it to False for this model."
             )
-        self._folder, self._max_length, self._num_clusters = folder, max_length, num_clusters
+        self._folder = folder
+        self._shape = Shape(max_length, room, prefix_length, num_clusters)
         examples = order.ExampleOrder(len(self._files), seed if shuffle else None)
         if pack:
             self._order = order.PackedRows(
@@ -227,15 +228,7 @@ class Batches:
         else:
             self._order = order.SingleRows(examples, repeat=repeat)
         self._lay_out = packed_rows if pack else single_rows
-        self._stream = ExampleStream(
-            task,
-            self._files,
-            self._order,
-            wanted,
-            batch_size,
-            room=self._room,
-            prefix_length=prefix_length,
-        )
+        self._stream = ExampleStream(task, self._files, self._order, wanted, batch_size)
         self.restart()
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -245,7 +238,7 @@ class Batches:
         grid, place, examples = self._stream.next_batch()
         self._check(grid[grid != order.ABSENT], examples)
         self._place = place
-        return self._lay_out(examples, grid, self._max_length, self._num_clusters)
+        return self._lay_out(examples, grid, self._shape)
 
     def restart(self) -> None:
         """Goes back to the first batch."""
@@ -268,19 +261,24 @@ class Batches:
         self._stream.move_to(self._place)
 
     def _lengths(self, ids: Int[np.ndarray, "P"]) -> Int[np.ndarray, "P"]:
-        """Tokens of prompt and description."""
-        prompts, *descriptions = self._files.token_counts(ids)
-        prompts = np.minimum(prompts, self._room)
-        if np.max(prompts + descriptions, initial=0) > self._max_length:
+        """Tokens of prompt and description, of pairs the longer one."""
+        counts = self._files.token_counts(ids)
+        prompts = np.minimum(counts["inputs"], self._shape.room)
+        descriptions = np.maximum(counts["targets"], counts["rejected"])
+        if np.max(prompts + descriptions, initial=0) > self._shape.max_length:
             raise self._foreign("a description is longer than the longest of the clusters")
-        return prompts + descriptions[0]
+        return prompts + descriptions
 
     def _check(self, ids: np.ndarray, examples: dict[str, np.ndarray]) -> None:
-        """What came out of the task is what the index promised."""
+        """What came out of the task is what the index promised, and fits."""
         same = np.array_equal(examples["example_id"], ids)
-        if not same or not np.array_equal(examples["lengths"], self._lengths(ids)):
+        for name, counted in self._files.token_counts(ids).items():
+            found = np.sum(examples[name] != NOTHING, axis=1) if name in examples else 0
+            same &= np.array_equal(np.broadcast_to(found, counted.shape), counted)
+        if not same:
             raise self._foreign("their tokens are not those that were counted")
-        if examples["seen"].max(initial=0) >= self._num_clusters:
+        self._lengths(ids)
+        if examples["seen"].max(initial=0) >= self._shape.num_clusters:
             raise self._foreign("they name clusters that there are not")
 
     def _foreign(self, why: str) -> InputError:
