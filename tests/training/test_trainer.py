@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from copying_task import CONFIG, TRIE, Copying, curve, run, some_batch
 
 from recexplore.distributed import partitioning
 from recexplore.errors import InputError, Preempted
 from recexplore.models import saved
 from recexplore.models.transformer import Transformer
 from recexplore.training import objectives
-from copying_task import CONFIG, TRIE, Copying, curve, run, some_batch
 
 # clu and orbax bring warnings of their own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
