@@ -72,7 +72,7 @@ def test_scores_of_certain_bins_are_finite():
     assert np.isfinite(ask(BINS, [-1e4, 1e4], "score")).all()
 
 
-@pytest.mark.parametrize("num_bins", [2, 3, 6, 11])
+@pytest.mark.parametrize("num_bins", [2, 6])
 def test_a_fresh_model_takes_all_labels_for_equally_likely(num_bins):
     for head in ("bins", "ordinal"):
         model = RewardModel(CONFIG, head, num_bins)
