@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from recexplore.models.trie import ROOT, Trie, children_of
@@ -142,20 +143,26 @@ def losses_among_vocabulary(
       targets: those tokens.
       smoothing: see `Choice.wanted`.
     """
-    # One byte a logit; with it, nothing of the logits' size is kept but they and their gradient.
-    rows = jnp.arange(targets.shape[0])[:, None]
-    banned = jnp.zeros(logits.shape, bool)
-    for depth, choice in enumerate(choices):
-        where = jnp.where(choice.banned, choice.tokens, logits.shape[-1])
-        banned = banned.at[rows, depth, where].set(True, mode="drop")
-    logits = jnp.where(banned, _IMPOSSIBLE, logits)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    children = [choice.tokens.shape[1] for choice in choices]
+    steps = np.repeat(np.arange(len(choices)), children)  # of all children, level after level
+    every = (targets.shape[0], 0)
+    tokens = jnp.concatenate([jnp.zeros(every, jnp.int32), *(c.tokens for c in choices)], axis=1)
+    out = jnp.concatenate([jnp.zeros(every, bool), *(c.banned for c in choices)], axis=1)
+
+    # A mask has one byte a logit; nothing else is as large as they but their gradient.
+    def mask(where):
+        return jnp.zeros(logits.shape[1:], bool).at[steps, where].set(True, mode="drop")
+
+    banned = jax.vmap(mask)(jnp.where(out, tokens, logits.shape[-1]))
+    possible = jnp.where(banned, _IMPOSSIBLE, logits)
+    normaliser = jax.nn.logsumexp(possible, axis=-1)
+    right = jnp.argmax(possible, axis=-1) == targets
     wanted = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    right = jnp.argmax(logits, axis=-1) == targets
-    if smoothing:
-        for depth, choice in enumerate(choices):
-            of_children = jnp.take_along_axis(logits[:, depth], choice.tokens, axis=1)
-            chosen = jnp.sum(choice.wanted(smoothing) * of_children, axis=1)
-            chosen = jnp.where(choice.exists(), chosen, wanted[:, depth])
-            wanted = wanted.at[:, depth].set(chosen)
+    if smoothing and choices:
+        of_children = jax.vmap(lambda row, at: row[steps, at])(logits, tokens)
+        by_level = jnp.split(of_children, np.cumsum(children)[:-1], axis=1)
+        for depth, (choice, found) in enumerate(zip(choices, by_level, strict=True)):
+            mean = jnp.sum(choice.wanted(smoothing) * found, axis=1)
+            mean = jnp.where(choice.exists(), mean, wanted[:, depth])
+            wanted = wanted.at[:, depth].set(mean)
     return Steps(normaliser - wanted, right)
