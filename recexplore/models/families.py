@@ -87,7 +87,8 @@ FAMILIES = {
     "gemma2": Family(
         "Gemma2ForCausalLM",
         {**_GEMMA, "qk_norm": False, "rope_local_theta": 0.0},
-        (*_GEMMA_KEYS, "hidden_act"),  # hidden_activation is the one that counts
+        # hidden_activation and sliding_window are those that count.
+        (*_GEMMA_KEYS, "hidden_act", "sliding_window_size"),
         {
             **_GEMMA_DEFAULTS,
             "attn_logit_softcapping": 50.0,
@@ -139,7 +140,7 @@ def family_of(config: TransformerConfig) -> str:
         raise _not_exportable("attention_windows", config, "of one size besides 0")
     if config.model_dim % config.num_heads:
         raise _not_exportable("model_dim", config, "a multiple of num_heads in transformers")
-    if getattr(config, "lora_rank", 0):
+    if config.lora_rank:
         raise _not_exportable("lora_rank", config, "0: merge the adapters into the parameters")
     return name
 

@@ -228,6 +228,55 @@ def test_the_spelling_before_transformers_5_says_the_same(name, published, tmp_p
     assert old == new
 
 
+GEMMA2_9B = dict(
+    **dict(attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=50.0),
+    **dict(cache_implementation="hybrid", final_logit_softcapping=30.0, head_dim=256),
+    **dict(hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh"),
+    **dict(hidden_size=3584, intermediate_size=14336, max_position_embeddings=8192),
+    **dict(model_type="gemma2", num_attention_heads=16, num_hidden_layers=42, pad_token_id=0),
+    **dict(num_key_value_heads=8, query_pre_attn_scalar=256, rms_norm_eps=1e-06, vocab_size=256000),
+    **dict(rope_theta=10000.0, sliding_window=4096, sliding_window_size=4096, use_cache=True),
+)
+GEMMA3_4B = dict(
+    **dict(model_type="gemma3", boi_token_index=255999, eoi_token_index=256000),
+    **dict(image_token_index=262144, mm_tokens_per_image=256, vision_config={"hidden_size": 1152}),
+    text_config=dict(
+        **dict(hidden_size=2560, intermediate_size=10240, model_type="gemma3_text"),
+        **dict(num_hidden_layers=34, sliding_window=1024),
+        rope_scaling=dict(factor=8.0, rope_type="linear"),
+    ),
+)
+LLAMA2_7B = dict(
+    **dict(hidden_act="silu", hidden_size=4096, intermediate_size=11008, rope_scaling=None),
+    **dict(max_position_embeddings=4096, model_type="llama", num_attention_heads=32),
+    **dict(num_hidden_layers=32, rms_norm_eps=1e-05, vocab_size=32000, torch_dtype="float16"),
+)
+
+
+@pytest.mark.parametrize(
+    ("entries", "wanted"),
+    [
+        (LLAMA2_7B, dict(head_dim=128, num_kv_heads=32, rope_theta=1e4, tied_embeddings=False)),
+        (
+            GEMMA2_9B,
+            dict(attention_windows=(4096, 0), attention_scale=0.0, tied_embeddings=True),
+        ),
+        (
+            GEMMA3_4B,
+            dict(
+                **dict(vocab_size=262_208, num_heads=8, num_kv_heads=4, head_dim=256),
+                **dict(attention_windows=(1024,) * 5 + (0,), rope_scaling="linear"),
+                **dict(rope_factor=8.0, rope_theta=1e6, rope_local_theta=1e4),
+            ),
+        ),
+    ],
+)
+def test_what_older_folders_leave_out_is_known(entries, wanted, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    config = pretrained.read_config(tmp_path, max_length=2048)
+    assert {field: getattr(config, field) for field in wanted} == wanted
+
+
 def tensors_of(folder):
     found = {}
     for file in folder.glob("*.safetensors"):
