@@ -109,6 +109,41 @@ def test_the_callers_arrays_stay_as_they_were(ready):
     jax.tree.map(np.testing.assert_array_equal, given, batch())
 
 
+def test_id_zero_may_be_a_token_where_it_is_not_padding(ready):
+    order = np.arange(12)
+    order[[0, 2]] = 2, 0  # two tokens and their embeddings change places
+
+    def swapped(some):
+        def rows(path, leaf):
+            return leaf[order] if "token_embedder" in jax.tree_util.keystr(path) else leaf
+
+        return Model(some.network, jax.tree_util.tree_map_with_path(rows, some.params))
+
+    sequences = [
+        order[row[:length]].tolist()
+        for row, length in zip(TRIE.sequences, TRIE.lengths, strict=True)
+    ]
+    trie = build_trie(sequences, EOS, 12, pad_id=None)
+    given = batch()
+    renumbered = given.novelty._replace(tokens=order[given.novelty.tokens].astype(np.int32))
+    models = swapped(NOVELTY), swapped(ALIGNMENT)
+    other = Ready(*models, (PREFIX, PREFIX), trie, pad_id=None)
+    settings = dataclasses.replace(SETTINGS, sampler="exhaustive")
+    found = other.explore(given._replace(novelty=renumbered, alignment=renumbered), KEY, settings)
+    expected = ready.explore(given, KEY, settings)
+    np.testing.assert_array_equal(found.clusters, expected.clusters)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    np.testing.assert_allclose(found.log_probabilities, expected.log_probabilities, atol=1e-5)
+
+
+def test_padding_is_no_token_of_a_prompt_whichever_id_it_has():
+    padded = Ready(NOVELTY, ALIGNMENT, (PREFIX, PREFIX), TRIE, pad_id=7)
+    with pytest.raises(InputError, match="token 7 at place 2, outside .* 0..11 without 7, which"):
+        padded.explore(batch(), KEY, SETTINGS)
+    with pytest.raises(InputError, match="novelty prefix has token 8 at place 1.* without 8"):
+        Ready(NOVELTY, ALIGNMENT, (PREFIX, PREFIX), TRIE, pad_id=8)
+
+
 def prompts(tokens, lengths):
     return Prompts(np.array(tokens, np.int32), np.array(lengths, np.int32))
 

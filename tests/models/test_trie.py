@@ -102,6 +102,16 @@ def test_nodes_are_the_beginnings_that_tell_sequences_apart(sequences):
 
 
 @settings(max_examples=60, deadline=None)
+@given(sequences=SEQUENCES, zero=st.integers(1, 5))
+def test_id_zero_may_be_any_token_where_it_is_not_padding(sequences, zero):
+    swapped = {0: zero, zero: 0}
+    sequences = [[swapped.get(token, token) for token in sequence] for sequence in sequences]
+    eos = swapped.get(EOS, EOS)
+    check_arrays(build_trie(sequences, eos, 6, pad_id=None), sequences)
+    check_arrays(build_trie(sequences, eos, 7, pad_id=6), sequences)
+
+
+@settings(max_examples=60, deadline=None)
 @given(sequences=SEQUENCES)
 def test_the_depth_is_where_the_last_two_part(sequences):
     def common(a, b):
@@ -220,3 +230,12 @@ def test_exclusion_among_five_thousand(large, width):
 def test_sequences_that_make_no_trie_are_refused(sequences, message):
     with pytest.raises(InputError, match=message):
         build_trie(sequences, EOS, 6)
+
+
+def test_padding_that_is_not_zero_is_no_token_either():
+    with pytest.raises(InputError, match="token 3, outside .* 0..5 without 3, which is padding"):
+        build_trie([[2, 3, EOS]], EOS, 6, pad_id=3)
+    with pytest.raises(InputError, match="token -1, outside the vocabulary's 0..5. Make"):
+        build_trie([[2, -1, EOS]], EOS, 6, pad_id=None)
+    with pytest.raises(InputError, match=r"same tokens \[0, 2, 1\]"):
+        build_trie([[0, 2, EOS], [0, 2, EOS]], EOS, 6, pad_id=None)
