@@ -145,9 +145,9 @@ def losses_among_vocabulary(
     """
     children = [choice.tokens.shape[1] for choice in choices]
     steps = np.repeat(np.arange(len(choices)), children)  # of all children, level after level
-    every = (targets.shape[0], 0)
-    tokens = jnp.concatenate([jnp.zeros(every, jnp.int32), *(c.tokens for c in choices)], axis=1)
-    out = jnp.concatenate([jnp.zeros(every, bool), *(c.banned for c in choices)], axis=1)
+    none = (targets.shape[0], 0)  # where there is a single description, which is certain
+    tokens = jnp.concatenate([jnp.zeros(none, jnp.int32), *(c.tokens for c in choices)], axis=1)
+    out = jnp.concatenate([jnp.zeros(none, bool), *(c.banned for c in choices)], axis=1)
 
     # A mask has one byte a logit; nothing else is as large as they but their gradient.
     def mask(where):

@@ -159,6 +159,9 @@ def test_a_single_cluster_is_certain():
     model, params = bigram()
     batch = batch_of([example([7], 2)], 1)
     trie = jax.tree.map(jnp.asarray, build_trie([[5, EOS]], EOS, 12))
+    spelt = objectives.next_description_loss(model, params, trie, batch, jax.random.key(0))
+    log_p = jax.nn.log_softmax(model.apply(params, jnp.array([7, 5])))
+    assert float(spelt.loss) == pytest.approx(-float(log_p[0, 5] + log_p[1, EOS]), rel=1e-5)
     found = objectives.constrained_description_loss(model, params, trie, batch)
     assert tuple(map(float, found)) == (0.0, 1.0, 1.0)
 
