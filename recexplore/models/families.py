@@ -197,8 +197,9 @@ def effective(field: str, config: TransformerConfig) -> Any:
     """A field's value in the one form of those that mean the same."""
     if field == "attention_windows":
         return list(repeating(layer_windows(config)))
-    if field == "rope_local_theta" and not any(config.attention_windows):
-        return 0.0
+    if field == "rope_local_theta":
+        same = config.rope_scaling == "none" and config.rope_local_theta == config.rope_theta
+        return 0.0 if same or not any(config.attention_windows) else config.rope_local_theta
     if field == "attention_scale":
         usual = config.head_dim**-0.5
         scale = config.attention_scale or usual

@@ -31,6 +31,7 @@ from recexplore.models.checkpoint_files import (
 )
 from recexplore.models.config_file import CONFIG_FILE, check_config, read_config, read_file
 from recexplore.models.families import config_json, family_of
+from recexplore.models.placing import BLOCK_BYTES, place
 from recexplore.models.tensor_names import (
     EMBEDDING_TABLE,
     MODEL,
@@ -43,10 +44,7 @@ from recexplore.models.transformer import TransformerConfig
 
 __all__ = ["check_config", "family_of", "load", "read_config", "save"]
 
-_BLOCK_BYTES = 2**21  # read at once, as float32: it stays in the cache while it is laid out anew
-_CACHE_LINE = 64  # XLA on CPU takes an array that begins at such an address without a copy
 _SHARD_BYTES = 2 * 10**9
-_Bounds = tuple[tuple[int, int], ...]  # start and stop on every axis
 
 
 def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -
     params = {}
     for path, tensor in table.items():
         sources = [stored[name] for name in tensor.names(config.num_layers)]
-        params[path] = _place(tensor, sources, abstract[path], placed[path], sizes)
+        params[path] = place(tensor, sources, abstract[path], placed[path], sizes)
     return {"params": unflatten_dict(params, sep="/")}
 
 
@@ -104,7 +102,8 @@ def save(
       folder: made; an earlier export there is replaced.
       params: {"params": …} of `Transformer`; written in config.param_dtype.
       config: of the network; `family_of` must know it.
-      tokenizer_files: copied into the folder.
+      tokenizer_files: copied into the folder; generation_config.json may be among them, without
+        which transformers doesn't know where this model's answers end.
       shard_bytes: of tensors in one file, if a single tensor isn't larger.
 
     Raises:
@@ -131,6 +130,7 @@ def save(
             }
             if writes:
                 save_file(tensors, temporary / file, metadata={"format": "pt"})
+            del tensors  # or they would still be there while the next file's are fetched
         if writes:
             _write_json(temporary / CONFIG_FILE, entries)
             if len(shards) > 1:
@@ -202,7 +202,7 @@ def _check_tensors(
 def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
     """An output table beside tied embeddings must be a copy of them."""
     same = output.shape == embedding.shape
-    rows = max(1, _BLOCK_BYTES // (4 * output.shape[-1]))
+    rows = max(1, BLOCK_BYTES // (4 * output.shape[-1]))
     for start in range(0, output.shape[0] if same else 0, rows):
         part = (slice(start, min(start + rows, output.shape[0])),)
         same = same and np.array_equal(output.read(part), embedding.read(part))
@@ -216,89 +216,6 @@ def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-
-
-def _place(
-    tensor: Tensor,
-    sources: list[StoredTensor],
-    leaf: jax.ShapeDtypeStruct,
-    sharding: jax.sharding.Sharding,
-    sizes: Mapping[str, int],
-) -> jax.Array:
-    """One parameter, piece by piece onto the devices that hold it."""
-    holders: dict[_Bounds, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
-        holders.setdefault(tuple((start, stop) for start, stop, _ in bounds), []).append(device)
-    arrays = []
-    for bounds, devices in holders.items():
-        piece = _read_piece(tensor, sources, bounds, leaf.dtype, sizes)
-        arrays += [jax.device_put(piece, device) for device in devices]
-        jax.block_until_ready(arrays)  # or pieces that are under way would pile up on the host
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
-
-
-def _read_piece(
-    tensor: Tensor,
-    sources: list[StoredTensor],
-    bounds: _Bounds,
-    dtype: np.dtype,
-    sizes: Mapping[str, int],
-) -> np.ndarray:
-    """A part of one parameter, stacked over layers where it has such an axis."""
-    piece = _empty([stop - start for start, stop in bounds], dtype)
-    if not tensor.in_layers:
-        _read_into(piece, tensor, sources[0], bounds, sizes)
-        return piece
-    for row, layer in enumerate(range(*bounds[0])):
-        _read_into(piece[row], tensor, sources[layer], bounds[1:], sizes)
-    return piece
-
-
-def _read_into(
-    out: np.ndarray,
-    tensor: Tensor,
-    source: StoredTensor,
-    bounds: _Bounds,
-    sizes: Mapping[str, int],
-) -> None:
-    """A part of one tensor, some rows at a time, laid out and cast as the network has it.
-
-    Axes that come first among those joined in the file are cut in reading, the others after it.
-    """
-    wanted = dict(zip(tensor.kept, bounds, strict=True))
-    leaders = [joined[0] for joined in tensor.stored]
-    widths = [math.prod(sizes[axis] for axis in joined[1:]) for joined in tensor.stored]
-    columns = tuple(
-        slice(wanted[axis][0] * width, wanted[axis][1] * width)
-        for axis, width in zip(leaders[1:], widths[1:], strict=True)
-    )
-    cuts = {axis: slice(*wanted[axis]) for axis in tensor.kept if axis not in leaders}
-    part_sizes = {**sizes, **{axis: wanted[axis][1] - wanted[axis][0] for axis in leaders}}
-    first, width = leaders[0], widths[0]
-    row_bytes = 4 * width * math.prod(source.shape[1:])
-    step = max(1, _BLOCK_BYTES // row_bytes)
-    begin, end = wanted[first]
-    for start in range(begin, end, step):
-        stop = min(start + step, end)
-        block = source.read((slice(start * width, stop * width), *columns))
-        # numpy moves numbers that it doesn't know, such as bfloat16, one by one: they go as words.
-        words = block.astype(out.dtype, copy=False).view(f"u{out.itemsize}")
-        kept = tensor.to_kept(words, {**part_sizes, first: stop - start})
-        here = {first: slice(start - begin, stop - begin)}
-        out.view(words.dtype)[_index_of(tensor, here)] = kept[_index_of(tensor, cuts)]
-
-
-def _index_of(tensor: Tensor, cuts: Mapping[str, slice]) -> tuple[slice, ...]:
-    return tuple(cuts.get(axis, slice(None)) for axis in tensor.kept)
-
-
-def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array that the CPU's device takes over as it is."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + _CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % _CACHE_LINE
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _checked_parameters(

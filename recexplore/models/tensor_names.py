@@ -64,8 +64,9 @@ class Tensor(NamedTuple):
         """The inverse of `to_kept`: how the whole tensor stands in the file, in one piece."""
         letters = "".join(self.stored)
         sizes = dict(zip(self.kept, kept.shape, strict=True))
-        split = kept.transpose([self.kept.index(axis) for axis in letters])
-        return np.ascontiguousarray(split).reshape(self.stored_shape(sizes))
+        words = kept.view(f"u{kept.itemsize}")  # numpy moves bfloat16 one by one, words at once
+        split = words.transpose([self.kept.index(axis) for axis in letters])
+        return np.ascontiguousarray(split).reshape(self.stored_shape(sizes)).view(kept.dtype)
 
 
 def _in_layers(tensors: dict[str, tuple[str, str, str]]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
@@ -248,6 +249,24 @@ def test_windows_that_mean_the_same_are_the_same(exported):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        *NETWORKS.values(),
+        {**NETWORKS["gemma3"], "rope_local_theta": 0.0},
+        {**NETWORKS["gemma3"], "rope_local_theta": 0.0, "rope_scaling": "llama3"},
+        {**NETWORKS["gemma3"], "attention_windows": (0,)},
+        {**NETWORKS["qwen2"], "attention_windows": (0, 0, 4)},
+    ],
+)
+def test_an_exported_configuration_is_that_of_its_folder(changes, tmp_path):
+    config = small(**changes)
+    pretrained.save(tmp_path / "model", random_parameters(config), config)
+    pretrained.check_config(tmp_path / "model", config)
+    again = pretrained.load(tmp_path / "model", config)
+    jax.tree.map(np.testing.assert_array_equal, again, random_parameters(config))
+
+
+@pytest.mark.parametrize(
     ("changes", "family"),
     [
         ({}, "llama"),
@@ -276,6 +295,7 @@ def test_the_family_is_told_from_the_configuration(changes, family):
         ({**GEMMA, "post_norms": False}, "post_norms"),
         ({**GEMMA, "qk_norm": True, "attention_softcap": 1.0}, "attention_softcap"),
         ({"num_heads": 3, "num_kv_heads": 3}, "model_dim"),
+        ({"lora_rank": 2}, "lora_rank"),
     ],
 )
 def test_a_network_that_transformers_lacks_is_not_exported(changes, field, tmp_path):
