@@ -278,7 +278,7 @@ def tokenize(
     Args:
       work: the work directory.
       progress: where to say what is going on.
-      train_vocabulary: of recexplore.tasks.vocabulary.
+      train_vocabulary: of recexplore.tasks.vocabulary; or its pretrained_vocabulary.
       diversify: of recexplore.tasks.examples.
       novelty_histories: novelty model → how many clusters of history it reads.
       history_length: K of the alignment model.
