@@ -287,7 +287,7 @@ def tokenize(
     Args:
       work: the work directory.
       progress: where to say what is going on.
-      train_vocabulary: of recexplore.tasks.vocabulary.
+      train_vocabulary: of recexplore.tasks.vocabulary; or its pretrained_vocabulary.
       diversify: of recexplore.tasks.examples.
       make_alignment_examples: `alignment_examples` of recexplore.tasks.examples, or, to train on
         pairs, `pairwise_examples`.

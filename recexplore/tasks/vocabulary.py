@@ -119,8 +119,8 @@ def pretrained_vocabulary(
     source = Path(pretrained)
     if not any((source / name).is_file() for name in MODEL_FILES):
         raise InputError(
-            f"vocabulary.pretrained_vocabulary.pretrained (PRETRAINED) is {pretrained!r}, which "
-            f"{'has' if source.is_dir() else 'is no folder with'} no "
+            f"vocabulary.pretrained_vocabulary.pretrained (PRETRAINED) is {pretrained!r}, which is "
+            f"{'a folder without' if source.is_dir() else 'no folder; it should have a'} "
             f"{' or '.join(MODEL_FILES[1:])}. Name the folder of a pretrained model."
         )
     vocabulary = Vocabulary(source)

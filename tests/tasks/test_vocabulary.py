@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from small_tokenizers import DESCRIPTIONS, KINDS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from recexplore import artifacts, explorer
 from recexplore.errors import InputError
+from recexplore.models import saved
+from recexplore.models.transformer import Transformer, TransformerConfig
 from recexplore.tasks import examples, prompts, seqio_tasks
 from recexplore.tasks.examples import Example
 from recexplore.tasks.seqio_vocabulary import description_tokens, prompt_tokens
@@ -287,8 +290,8 @@ def letters(folder, merges=(), normalizer=None, without=""):
 
 
 BAD = {
-    "no folder": (lambda f: f.rmdir(), r"PRETRAINED\) is .*no folder with no tokenizer.json or"),
-    "nothing in it": (lambda f: None, "has no tokenizer.json or tokenizer.model. Name the folder"),
+    "no folder": (lambda f: f.rmdir(), r"PRETRAINED\) is .*no folder; it should have a tok"),
+    "nothing in it": (lambda f: None, "a folder without tokenizer.json or tokenizer.model. Name"),
     "not JSON": (
         lambda f: (f / "tokenizer.json").write_text("{"),
         r"tokenizer.json is not a tokenizer of Hugging Face's library \(EOF",
@@ -381,3 +384,25 @@ def test_an_embedding_has_a_row_for_every_token(folders):
             InputError, match=f"of {rows} pieces, but .*model has {own.size}. Train"
         ):
             check_embedding(own, rows, "models/novelty")
+
+
+def test_a_model_is_not_loaded_with_a_tokenizer_that_has_more_tokens(tmp_path, folders):
+    found = Vocabulary(folders["qwen_json"])
+    sizes = dict.fromkeys(("num_layers", "num_heads", "num_kv_heads"), 1)
+    config = TransformerConfig(
+        vocab_size=found.size - 1, model_dim=4, head_dim=4, mlp_dim=4, max_length=8, **sizes
+    )
+    network = saved.describe(Transformer(config))
+    del network["config"]["attention_windows"]  # JSON's list is no tuple to the type checker
+    artifacts.write_json(tmp_path / explorer.NETWORK, network)
+    with pytest.raises(InputError, match="the tokenizer doesn't match the embedding"):
+        explorer.load_model(tmp_path, found)
+
+
+def test_descriptions_make_a_trie_whichever_ids_they_have(folders):
+    found = Vocabulary(folders["qwen_json"])
+    exclaimed = found.encode("!")
+    assert exclaimed == [0]
+    trie = explorer.description_trie(found, ["opera!", "opera"])
+    assert found.decode(trie.sequences[0, : trie.lengths[0]]) == "opera!"
+    assert 0 in trie.sequences[0, : trie.lengths[0]]
