@@ -199,13 +199,13 @@ class Transformer(nn.Module):
                 "logits_dense", zeros, (c.vocab_size, c.model_dim), c.param_dtype
             )
         block = Block
-        if c.remat != "none":  # inside a loop XLA can't undo it, so prevent_cse isn't needed
-            deterministic = 5
+        if c.remat != "none":
+            deterministic = 5  # among Block's arguments, itself included
             block = nn.remat(
                 Block,
-                prevent_cse=False,
-                static_argnums=(deterministic,),
                 policy=_REMAT[c.remat],
+                prevent_cse=c.scan_unroll >= c.num_layers,  # a loop keeps XLA from undoing it
+                static_argnums=(deterministic,),
             )
         scanned = nn.scan(
             block,
