@@ -1,16 +1,13 @@
-"""The examples of batch after batch, read at random and tokenised ahead by tf.data."""
+"""The examples of batch after batch, read at random and tokenised ahead of their use."""
 
 import collections
-import dataclasses
-import os
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import seqio
 import tensorflow as tf
 from jaxtyping import Int
 
-from recexplore.errors import InputError
 from recexplore.tasks.example_files import ExampleFiles
 from recexplore.tasks.order import ABSENT, Place, RowOrder
 from recexplore.tasks.rows import NOTHING
@@ -24,35 +21,17 @@ FEATURES = {
     "example_id": tf.io.FixedLenFeature([], tf.int64),
 }
 PAIR_FEATURES = {**FEATURES, "rejected": tf.io.FixedLenFeature([], tf.string)}
-_CHUNK = 64  # examples that leave TensorFlow together, whatever the batches
-_CHUNKS_AHEAD = 4
-_MAX_THREADS = 16
+_BATCHES_AHEAD = 4
+_THREADS = 2  # batches at work at once; within each, TensorFlow has threads of its own
 Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass
-class _Pass:
-    """One way through the data, from a place on.
-
-    Attributes:
-      place: of the next batch to be read.
-      batches: those read but not handed out yet: example ids [R, E], and the place after them.
-      chunks: tokenised examples not handed out yet.
-      failure: why reading ended early.
-    """
-
-    place: Place
-    batches: collections.deque = dataclasses.field(default_factory=collections.deque)
-    chunks: collections.deque = dataclasses.field(default_factory=collections.deque)
-    failure: InputError | None = None
 
 
 class ExampleStream:
     """Hands out the examples of this process's rows, batch after batch.
 
-    A thread of tf.data runs through the order of rows, some batches ahead, and reads; the task's
-    own preprocessors tokenise. What comes out of TensorFlow are examples in one line, from which
-    batches, of changing numbers of examples, are cut here.
+    A batch is read and tokenised as one call of a compiled TensorFlow function, some batches ahead,
+    in threads that are always waited for: an endless tf.data iterator that called back into Python
+    could not be closed safely.
 
     Args:
       task: its preprocessors turn one example into one, always the same.
@@ -71,34 +50,16 @@ class ExampleStream:
         batch_size: int,
     ):
         self._files, self._order, self._rows, self._batch_size = files, row_order, rows, batch_size
-        records = tf.data.Dataset.from_generator(
-            self._read, output_signature=tf.TensorSpec([None], tf.string)
-        )
-        features = PAIR_FEATURES if files.pairs else FEATURES
-        examples = records.unbatch().map(
-            lambda record: tf.io.parse_single_example(record, features),
-            num_parallel_calls=2,
-        )
-        examples = task.preprocess_postcache(task.preprocess_precache(examples), None)
-        padding = {
-            name: tf.constant("" if spec.dtype == tf.string else NOTHING, spec.dtype)
-            for name, spec in examples.element_spec.items()
-        }
-        chunks = examples.padded_batch(_CHUNK, padding_values=padding)
-        # What else the preprocessors leave, such as the texts, is not for models.
-        chunks = chunks.map(lambda chunk: {name: chunk[name] for name in features})
-        options = tf.data.Options()
-        options.threading.private_threadpool_size = min(os.cpu_count() or 1, _MAX_THREADS)
-        self._dataset = chunks.prefetch(_CHUNKS_AHEAD).with_options(options)
-        self._nothing = {
-            name: np.zeros([0] * len(spec.shape), spec.dtype.as_numpy_dtype)
-            for name, spec in self._dataset.element_spec.items()
-        }
+        self._tokenise = _tokeniser(task, PAIR_FEATURES if files.pairs else FEATURES)
+        self._threads = ThreadPoolExecutor(_THREADS, "examples")
+        self._ahead: collections.deque[tuple[np.ndarray, Place, Future]] = collections.deque()
 
     def move_to(self, place: Place) -> None:
         """Begins anew, with the batch at a place."""
-        self._pass = _Pass(place)
-        self._chunks = iter(self._dataset)
+        for *_, examples in self._ahead:
+            examples.cancel()
+        self._ahead.clear()
+        self._place = place
 
     def next_batch(self) -> tuple[Int[np.ndarray, "R E"], Place, Arrays]:
         """Example ids of the rows, the place after the batch, and the examples, row after row.
@@ -107,71 +68,48 @@ class ExampleStream:
           InputError: a record is damaged.
           StopIteration: there are no more batches.
         """
-        current = self._pass
-        while not current.batches or _count(current.chunks) < np.sum(
-            current.batches[0][0] != ABSENT
-        ):
-            chunk = self._pull()
-            if chunk is None:
+        while len(self._ahead) < _BATCHES_AHEAD:
+            ids, self._place = self._order.take(self._place, self._batch_size)
+            if not len(ids):
                 break
-            current.chunks.append(chunk)
-        if not current.batches:
+            grid = np.full((len(self._rows), ids.shape[1]), ABSENT)
+            filled = self._rows < len(ids)
+            grid[filled] = ids[self._rows[filled]]
+            self._ahead.append((grid, self._place, self._threads.submit(self._load, grid)))
+        if not self._ahead:
             raise StopIteration
-        grid, place = current.batches.popleft()
-        count = int(np.sum(grid != ABSENT))
-        if count > _count(current.chunks):
-            raise ValueError("The task's preprocessors must turn one example into one.")
-        return grid, place, self._take(count)
+        grid, place, examples = self._ahead.popleft()
+        return grid, place, examples.result()
 
-    def _read(self) -> Iterator[np.ndarray]:
-        """The records of batch after batch; tf.data calls this in a thread of its own."""
-        current = self._pass
-        try:
-            while True:
-                ids, current.place = self._order.take(current.place, self._batch_size)
-                if not len(ids):
-                    return
-                grid = np.full((len(self._rows), ids.shape[1]), ABSENT)
-                filled = self._rows < len(ids)
-                grid[filled] = ids[self._rows[filled]]
-                records = self._files.read(grid[grid != ABSENT])
-                current.batches.append((grid, current.place))
-                if records:
-                    yield np.array(records, object)
-        except InputError as error:
-            current.failure = error
-
-    def _pull(self) -> Arrays | None:
-        chunk = next(self._chunks, None)
-        if chunk is None:
-            if self._pass.failure is not None:
-                raise self._pass.failure
-            return None
-        return {name: values.numpy() for name, values in chunk.items()}
-
-    def _take(self, count: int) -> Arrays:
-        """The next examples, as one."""
-        parts, chunks = [self._nothing], self._pass.chunks
-        while count:
-            chunk = chunks.popleft()
-            size = len(chunk["example_id"])
-            parts.append({name: values[:count] for name, values in chunk.items()})
-            if size > count:
-                chunks.appendleft({name: values[count:] for name, values in chunk.items()})
-            count -= min(size, count)
-        return {name: _joined([part[name] for part in parts]) for name in self._nothing}
+    def _load(self, grid: np.ndarray) -> Arrays:
+        records = self._files.read(grid[grid != ABSENT])
+        if not records:  # the last batch may hold nothing for this process
+            specs = self._tokenise.get_concrete_function().structured_outputs
+            return {
+                name: np.zeros([0] * len(spec.shape), spec.dtype.as_numpy_dtype)
+                for name, spec in specs.items()
+            }
+        return {name: values.numpy() for name, values in self._tokenise(records).items()}
 
 
-def _count(chunks: collections.deque) -> int:
-    return sum(len(chunk["example_id"]) for chunk in chunks)
+def _tokeniser(task: seqio.Task, features: dict):
+    """A compiled function: k records → their features, `rows.NOTHING` behind what is shorter."""
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    def tokenise(records):
+        examples = tf.data.Dataset.from_tensor_slices(records).map(
+            lambda record: tf.io.parse_single_example(record, features), num_parallel_calls=8
+        )
+        examples = task.preprocess_postcache(task.preprocess_precache(examples), None)
+        padding = {
+            name: tf.constant("" if spec.dtype == tf.string else NOTHING, spec.dtype)
+            for name, spec in examples.element_spec.items()
+        }
+        size = tf.size(records, out_type=tf.int64)
+        options = tf.data.Options()
+        options.autotune.enabled = False  # a call is over before there is anything to learn
+        whole = examples.padded_batch(size, padding_values=padding).with_options(options)
+        batch = whole.get_single_element()
+        return {name: batch[name] for name in features}  # not the texts
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    if parts[0].ndim == 1:
-        return np.concatenate(parts)
-    width = max(part.shape[1] for part in parts)
-    padded = [
-        np.pad(part, [(0, 0), (0, width - part.shape[1])], constant_values=NOTHING)
-        for part in parts
-    ]
-    return np.concatenate(padded)
+    return tokenise
