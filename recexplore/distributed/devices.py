@@ -18,20 +18,23 @@ class Peak(NamedTuple):
       memory: bytes.
       bandwidth: bytes a second between its memory and its cores.
       interconnect: bytes a second to its neighbours, all links together; 0 where unknown.
+      clock: cycles a second; 0 where unknown.
     """
 
     flops: float
     memory: int
     bandwidth: float
     interconnect: float = 0.0
+    clock: float = 0.0
 
 
-# By JAX's device_kind. TPUs: the system architecture pages of Cloud TPU; GPUs: dense bfloat16.
+# By JAX's device_kind. TPUs: the system architecture pages of Cloud TPU, clocks from their matrix
+# units' sizes; GPUs: dense bfloat16.
 PUBLISHED = {
-    "TPU v4": Peak(275e12, 32 * _GIB, 1.2e12, 300e9),
-    "TPU v5 lite": Peak(197e12, 16 * _GIB, 819e9, 200e9),
-    "TPU v5": Peak(459e12, 95 * _GIB, 2.765e12, 600e9),
-    "TPU v6 lite": Peak(918e12, 32 * _GIB, 1.64e12, 448e9),
+    "TPU v4": Peak(275e12, 32 * _GIB, 1.2e12, 300e9, 1.05e9),
+    "TPU v5 lite": Peak(197e12, 16 * _GIB, 819e9, 200e9, 1.5e9),
+    "TPU v5": Peak(459e12, 95 * _GIB, 2.765e12, 600e9, 1.75e9),
+    "TPU v6 lite": Peak(918e12, 32 * _GIB, 1.64e12, 448e9, 1.75e9),
     "NVIDIA A100-SXM4-40GB": Peak(312e12, 40 * _GIB, 1.555e12),
     "NVIDIA A100-SXM4-80GB": Peak(312e12, 80 * _GIB, 2.039e12),
     "NVIDIA H100 80GB HBM3": Peak(989e12, 80 * _GIB, 3.35e12),

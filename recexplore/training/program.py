@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import use_abstract_mesh
 from jaxtyping import Array, Key
 
 from recexplore.distributed import partitioning
@@ -201,7 +202,10 @@ class Program:
         """`function`, traced where the logical axes of its activations mean this mesh."""
 
         def traced(*arguments):
-            with self.mesh, nn.logical_axis_rules(list(self.rules)):
+            with (
+                use_abstract_mesh(self.mesh.abstract_mesh),
+                nn.logical_axis_rules(list(self.rules)),
+            ):
                 return function(*arguments)
 
         return traced
