@@ -8,6 +8,7 @@ take, so that they can be lowered and compiled for devices that aren't there.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,8 +223,6 @@ def _whole(novelty: Any, alignment: Any, shared: Any) -> tuple[Any, Any]:
 
 
 def _abstract(network: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules) -> Any:
-    import flax.linen as nn
-
     boxed = jax.eval_shape(
         lambda: network.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
     )

@@ -1,11 +1,11 @@
-"""Compiles the training step and the best-of-n step for TPUs that aren't there, and says what they cost.
+"""Compiles the training and the best-of-n step for TPUs that aren't there, and says what they cost.
 
     pip install -e '.[tpu]'
     python scripts/compile_for_tpu.py --gin_file models/gemma2_2b.gin --gin_file models/lora.gin \
         --topology v5e:2x4
 
-Nothing is run, so it works on any computer: the compiler is the real one, of the `libtpu` wheel. What
-it says of memory is a plan that the chips keep to; what it says of time is an estimate.
+Nothing is run, so it works on any computer: the compiler is the real one, of the `libtpu` wheel.
+What it says of memory is a plan that the chips keep to; what it says of time is an estimate.
 """
 
 import argparse
