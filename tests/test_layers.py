@@ -30,6 +30,7 @@ ROOMS |= {"pipeline": EVERYTHING - {"cli"}, "cli": EVERYTHING}
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio", "clu"}
 MAY_IMPORT_TENSORFLOW = {
     "tasks/seqio_tasks.py",  # SeqIO is TensorFlow
+    "tasks/example_stream.py",  # runs its tasks
     "interactions/movielens.py",  # tensorflow_datasets, inside the one reader that needs it
     "training/trainer.py",  # clu's TensorBoard writer, when training starts
 }
