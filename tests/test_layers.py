@@ -31,7 +31,7 @@ TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio", "clu"}
 MAY_IMPORT_TENSORFLOW = {
     "tasks/seqio_tasks.py",  # SeqIO is TensorFlow
     "tasks/seqio_vocabulary.py",
-    "tasks/example_stream.py",
+    "tasks/example_stream.py",  # runs its tasks
     "interactions/movielens.py",  # tensorflow_datasets, inside the one reader that needs it
     "training/telemetry.py",  # clu's TensorBoard writer, when training starts
 }

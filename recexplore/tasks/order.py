@@ -7,7 +7,6 @@ three numbers, on however many processes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -79,25 +78,6 @@ class ExampleOrder:
         return permuted(places, self.size, (self.seed, epoch))
 
 
-class RowOrder(Protocol):
-    """Rows of examples, one after the other. `start` is the place of the first."""
-
-    start: Place
-
-    def take(self, place: Place, count: int) -> tuple[Int[np.ndarray, "R E"], Place]:
-        """The examples of the next rows and the place after them.
-
-        Returns:
-          Example ids, `ABSENT` behind a row's last, for `count` rows, or fewer (R) where an order
-          that isn't repeated ends.
-        """
-        ...
-
-    def check(self, place: Place) -> None:
-        """Raises InputError where a place can't be one of this order."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class SingleRows:
     """A row for every example, E = 1; batches run over the ends of epochs.
@@ -118,7 +98,16 @@ class SingleRows:
         return {"epoch": 0, "at": 0}
 
     def take(self, place: Place, count: int) -> tuple[Int[np.ndarray, "R E"], Place]:
-        """See `RowOrder.take`."""
+        """The examples of the next rows and the place after them.
+
+        Args:
+          place: of the first of them.
+          count: rows wanted.
+
+        Returns:
+          Example ids, `ABSENT` behind a row's last, for `count` rows, or fewer (R) where an order
+          that isn't repeated ends.
+        """
         epoch, at = place["epoch"], place["at"]
         parts = [np.zeros(0, np.int64)]
         while count and (self.repeat or epoch == 0):
@@ -129,7 +118,7 @@ class SingleRows:
         return np.concatenate(parts)[:, None], {"epoch": epoch, "at": at}
 
     def check(self, place: Place) -> None:
-        """See `RowOrder.check`."""
+        """Raises InputError where a place can't be one of this order."""
         _check_place(place, self.start, self.order.size)
 
 
@@ -169,7 +158,7 @@ class PackedRows:
         self._latest = None, None
 
     def take(self, place: Place, count: int) -> tuple[Int[np.ndarray, "R E"], Place]:
-        """See `RowOrder.take`."""
+        """See `SingleRows.take`."""
         epoch, at, row = place["epoch"], place["at"], place["row"]
         parts = [np.zeros((0, self._examples_per_row), np.int64)]
         while count and (self._repeat or epoch == 0):
@@ -183,7 +172,7 @@ class PackedRows:
         return np.concatenate(parts), {"epoch": epoch, "at": at, "row": row}
 
     def check(self, place: Place) -> None:
-        """See `RowOrder.check`."""
+        """Raises InputError where a place can't be one of this order."""
         _check_place(place, self.start, self._order.size)
         if place["row"] and place["row"] >= len(self._window(place["epoch"], place["at"])[0]):
             raise _strange(place)
@@ -203,6 +192,9 @@ class PackedRows:
                 rows = rows[permuted(np.arange(len(rows)), len(rows), key)]
             self._latest = (epoch, at), (rows, at + len(ids))
         return self._latest[1]
+
+
+RowOrder = SingleRows | PackedRows
 
 
 def pack(

@@ -73,7 +73,7 @@ def longest_description(vocabulary):
 
 
 def batches_of(folder, vocabulary, count=40, **options):
-    seqio_tasks.write_examples(some_examples(count), folder, "train")
+    seqio_tasks.write_examples(some_examples(count), folder, "train", vocabulary)
     task = seqio_tasks.make_task(f"task_{folder.name}", folder, vocabulary)
     settings = {
         "batch_size": 8,
@@ -82,7 +82,7 @@ def batches_of(folder, vocabulary, count=40, **options):
         "prefix_length": len(vocabulary.prefix),
         "num_clusters": 4,
     }
-    return seqio_tasks.Batches(task, "train", **{**settings, **options})
+    return seqio_tasks.Batches(task, folder, "train", **{**settings, **options})
 
 
 def test_batches_hold_what_inference_will_see(tmp_path, vocabulary):
@@ -142,14 +142,6 @@ def test_a_position_is_restored_exactly_whatever_the_shuffling(tmp_path, vocabul
     assert [next(again)["example_id"].tolist() for _ in range(12)] == expected
 
 
-def test_processes_share_the_examples_out(tmp_path, vocabulary):
-    parts = [
-        batches_of(tmp_path, vocabulary, shard=(i, 2), repeat=True, batch_size=20) for i in (0, 1)
-    ]
-    seen = [set(next(part)["example_id"].tolist()) for part in parts]
-    assert not seen[0] & seen[1] and seen[0] | seen[1] == set(range(40))
-
-
 def test_missing_examples_are_an_error(tmp_path):
     with pytest.raises(InputError, match="holds no validation examples"):
         seqio_tasks.count_examples(tmp_path, "validation")
@@ -198,3 +190,88 @@ def test_examples_say_the_last_clusters_of_the_history():
         )
         assert example.inputs == "interests: slow cooking; space travel; next:"
         assert example.targets == "opera arias" and example.seen == excluded
+
+
+def collective(rows):
+    histories, targets, labels, counts = zip(*rows, strict=True)
+    return pa.table(
+        {
+            "split": ["train"] * len(rows),
+            "history": histories,
+            "next_cluster": pa.array(targets, pa.int32()),
+            "label": pa.array(labels, pa.float32()),
+            "count": pa.array(counts, pa.int32()),
+        }
+    )
+
+
+FEEDBACK = collective(
+    [([0, 1], 2, 0.2, 1), ([1, 0], 3, 0.9, 4), ([0, 1], 3, 0.8, 99), ([1, 0], 2, 0.9, 4)]
+)
+
+
+@pytest.mark.parametrize(("weighting", "power"), [("count", 1), ("sqrt", 0.5), ("none", 0)])
+def test_feedback_of_many_users_can_weigh_more(weighting, power):
+    made = examples.alignment_examples(FEEDBACK, "train", DESCRIPTIONS, count_weighting=weighting)
+    assert [example.weight for example in made] == pytest.approx(
+        [count**power for count in (1, 4, 99, 4)]
+    )
+    (pair,) = examples.pairwise_examples(FEEDBACK, "train", DESCRIPTIONS, count_weighting=weighting)
+    assert pair.weight == pytest.approx((2 * 1 * 99 / (1 + 99)) ** power)
+    assert examples.alignment_examples(FEEDBACK, "validation", DESCRIPTIONS) == []
+
+
+def test_pairs_come_from_one_history_and_different_labels():
+    (pair,) = examples.pairwise_examples(FEEDBACK, "train", DESCRIPTIONS, min_gap=0.6)
+    assert pair.inputs == prompts.alignment_prompt(["space opera", "slow cooking"])
+    assert (pair.targets, pair.rejected) == ("opera arias", "space travel")
+    assert pair.label == pytest.approx(0.8)
+
+
+def test_pairs_are_all_pairs_with_the_gap():
+    random = np.random.default_rng(1)
+    labels = np.round(random.random(30) * 20) / 20
+    names = [f"cluster {i}" for i in range(40)]
+    table = collective([([38, 39], i, label, 1) for i, label in enumerate(labels)])
+    made = examples.pairwise_examples(
+        table, "train", names, min_gap=0.25, max_pairs_per_history=1000
+    )
+    expected = {
+        (names[a], names[b])
+        for a in range(30)
+        for b in range(30)
+        if round((labels[a] - labels[b]) * 20) >= 5
+    }
+    assert {(e.targets, e.rejected) for e in made} == expected and len(made) == len(expected)
+
+
+def test_a_busy_history_keeps_so_many_pairs_whatever_else_there_is():
+    names = [f"cluster {i}" for i in range(40)]
+    busy = [([38, 39], i, i / 30, 1) for i in range(30)]
+    quiet = [([1, 2], 3, 0.1, 1), ([1, 2], 4, 0.9, 1)]
+    made = examples.pairwise_examples(
+        collective(quiet + busy), "train", names, max_pairs_per_history=20, seed=1
+    )
+    assert len(made) == 21 and len(set(map(repr, made))) == 21
+    alone = examples.pairwise_examples(
+        collective(busy[::-1]), "train", names, max_pairs_per_history=20, seed=1
+    )
+    assert alone == made[1:]
+    other = examples.pairwise_examples(
+        collective(busy), "train", names, max_pairs_per_history=20, seed=2
+    )
+    assert other != alone
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_gap": 0.95}, "No history of the train split.*min_gap = 0.95"),
+        ({"min_gap": -1.0}, "min_gap is -1.0; it must be between 0 and 1"),
+        ({"max_pairs_per_history": 0}, "max_pairs_per_history is 0; it must be a whole number"),
+        ({"count_weighting": "log"}, "count_weighting is 'log'; there is: 'count', 'sqrt', 'none'"),
+    ],
+)
+def test_pairs_that_cannot_be_made_are_explained(options, message):
+    with pytest.raises(InputError, match=message):
+        examples.pairwise_examples(FEEDBACK, "train", DESCRIPTIONS, **options)
