@@ -180,6 +180,18 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, jax.P(*spec))
 
 
+def bring_table(table: Float[Array, "V D"], dtype: str) -> Float[Array, "V D"]:
+    """An embedding table whose rows every device needs whole; its shares of the vocabulary stay.
+
+    It is cast where it lies, before devices send it to each other. Without rules in force it comes
+    back as it is: who takes a few rows of it casts those.
+    """
+    if not nn.get_logical_axis_rules() or jax.sharding.get_abstract_mesh().empty:
+        return table
+    table = constrain(table.astype(dtype), "vocab", "embed")
+    return constrain(table, "activation_vocab", "activation_embed")
+
+
 def take_tokens(x: Array, places: Int[Array, "*batch R"]) -> Array:
     """[*batch, T, width] → [*batch, R, width]; size-1 axes of the batch are stretched."""
     x = jnp.broadcast_to(x, (*places.shape[:-1], *x.shape[-2:]))
@@ -225,10 +237,15 @@ def _product(x: Array, kernel: Array, axes: int) -> Array:
 
 
 def _parameter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
-    """A parameter with its logical axes, cast to the computation's dtype."""
+    """A parameter with its logical axes, cast to the computation's dtype.
+
+    It is cast where it lies: what devices then send each other is half as much in bfloat16, and so
+    are their gradients.
+    """
     boxed = nn.with_logical_partitioning(initializer, tuple(axes))
     c = module.config
-    return module.param(name, boxed, tuple(axes.values()), c.param_dtype).astype(c.dtype)
+    value = module.param(name, boxed, tuple(axes.values()), c.param_dtype)
+    return constrain(value.astype(c.dtype), *axes)
 
 
 def _adapter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
