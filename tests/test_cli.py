@@ -13,6 +13,7 @@ TINY = """
 from __gin__ import dynamic_registration
 include 'runs/demo.gin'
 from recexplore.simulation import world
+from recexplore.training import optimization
 from recexplore.training import trainer
 from recexplore import pipeline
 
