@@ -2,7 +2,7 @@
 
 python scripts/export_huggingface.py --workdir W --model novelty --to exported/novelty
 python scripts/export_huggingface.py --workdir W --model alignment --to exported/alignment
-python scripts/export_huggingface.py --workdir W --model novelty --to exported/novelty --dtype float32
+python scripts/export_huggingface.py --workdir W --model novelty --to novelty32 --dtype float32
 
 The best checkpoint so far, its adapters merged, with the tokenizer; the alignment model's head is
 in reward_head.safetensors, which recexplore/export.py describes.
