@@ -150,6 +150,15 @@ def embedding_rows(folder: Path | str) -> int:
     return read_file(Path(folder)).get(SIZES["vocab_size"], int, 1)
 
 
+def longest_context(folder: Path | str) -> int:
+    """Tokens that the network in a Hugging Face folder can read at most.
+
+    Raises:
+      InputError: as `read_config`.
+    """
+    return _longest(read_file(Path(folder)))
+
+
 def read_file(folder: Path) -> Said:
     """Reads config.json and finds the family.
 
@@ -272,12 +281,16 @@ def _usual_sliding(said: Said) -> Callable[[int], bool]:
 
 
 def _check_length(said: Said, max_length: int) -> None:
-    longest = said.get("max_position_embeddings", int, 1)
+    longest = _longest(said)
     if max_length > longest:
         raise InputError(
             f"transformer.TransformerConfig.max_length is {max_length}, but {said.path} has "
             f"max_position_embeddings {longest}. Choose a shorter max_length."
         )
+
+
+def _longest(said: Said) -> int:
+    return said.get("max_position_embeddings", int, 1)
 
 
 def _same(field: str, config: TransformerConfig, wanted: TransformerConfig) -> bool:

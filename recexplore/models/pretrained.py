@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -92,6 +93,9 @@ def save(
     config: TransformerConfig,
     tokenizer_files: Sequence[Path | str] = (),
     shard_bytes: int = _SHARD_BYTES,
+    *,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+    token_ids: Mapping[str, int | None] = MappingProxyType({}),
 ) -> None:
     """Writes a folder that transformers reads: config.json, safetensors files and their index.
 
@@ -105,6 +109,9 @@ def save(
       tokenizer_files: copied into the folder; generation_config.json may be among them, without
         which transformers doesn't know where this model's answers end.
       shard_bytes: of tensors in one file, if a single tensor isn't larger.
+      beside: further files, name → content.
+      token_ids: what config.json says about tokens that aren't text, such as eos_token_id; where it
+        says nothing, transformers takes those of the family's first model.
 
     Raises:
       InputError: as `family_of`; parameters of another network; a tokenizer's file is missing or
@@ -112,7 +119,7 @@ def save(
     """
     folder = Path(folder)
     table = tensor_names(family_of(config), config.tied_embeddings)
-    entries, dtype = config_json(config), config.param_dtype
+    entries, dtype = {**config_json(config), **token_ids}, config.param_dtype
     flat = _checked_parameters(params, _abstract(table, config))
     _check_destination(folder, tokenizer_files)
     shards = _shards(table, config, shard_bytes)
@@ -137,6 +144,8 @@ def save(
                 _write_json(temporary / INDEX_FILE, _index(files, shards, _abstract(table, config)))
             for path in tokenizer_files:
                 shutil.copyfile(path, temporary / Path(path).name)
+            for name, content in beside.items():
+                (temporary / name).write_bytes(content)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
 

@@ -105,14 +105,21 @@ class RewardModel(nn.Module):
             return jax.nn.log_softmax(projected + bias)
         if self.head == "scalar":
             raise ValueError("The scalar head knows no bins.")
-        gaps = jax.nn.softplus(self._raw_thresholds[1:]) + _LEAST_GAP
-        rises = jnp.concatenate([jnp.zeros(1), jnp.cumsum(gaps)])
-        thresholds = (self._raw_thresholds[:1] + rises).reshape((1,) * (hidden.ndim - 1) + (-1,))
+        gaps = self._gaps()
+        thresholds = self.thresholds_in_order().reshape((1,) * (hidden.ndim - 1) + (-1,))
         distances = projected[..., None] - thresholds
         over_lower = _pad(jax.nn.log_sigmoid(distances), before=1)
         under_upper = _pad(jax.nn.log_sigmoid(-distances), after=1)
         between = jnp.pad(jnp.log(-jnp.expm1(-gaps)), 1)
         return over_lower + under_upper + between.reshape((1,) * (hidden.ndim - 1) + (-1,))
+
+    def thresholds_in_order(self) -> Float[Array, "thresholds"]:
+        """θ_0 < θ_1 < …, of the ordinal head."""
+        rises = jnp.concatenate([jnp.zeros(1), jnp.cumsum(self._gaps())])
+        return self._raw_thresholds[:1] + rises
+
+    def _gaps(self) -> Float[Array, "gaps"]:
+        return jax.nn.softplus(self._raw_thresholds[1:]) + _LEAST_GAP
 
     def _project(self, hidden: Array) -> Array:
         axes = "...d,db->...b" if self.head == "bins" else "...d,d->..."

@@ -48,7 +48,11 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
     try:
         network = _NETWORKS[description["network"]]
         settings = description.get("settings", {})  # older descriptions have none: all defaults
-        return network(TransformerConfig(**description["config"]), **settings)
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+            for name, value in description["config"].items()
+        }
+        return network(TransformerConfig(**fields), **settings)
     except (KeyError, TypeError) as error:
         raise InputError(
             f"The model's description doesn't fit this version of recexplore ({error}). Train it "
@@ -103,6 +107,11 @@ def load_parameters(
         if pretrained is None:
             raise InputError(
                 f"{folder} holds adapters, but not what transformer they add to. Train it again."
+            )
+        if not Path(pretrained).is_dir():
+            raise InputError(
+                f"{folder} holds adapters for the pretrained transformer in {pretrained}, which "
+                "isn't there any more. Put that folder back, or leave a link to it in its place."
             )
         shared[key] = load_transformer(pretrained, model.config)["params"]
     nested = "transformer" in frozen["params"]

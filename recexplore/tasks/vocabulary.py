@@ -201,6 +201,11 @@ class Vocabulary:
         """V: token ids are below it."""
         return self._pieces.size
 
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the token embedding of a model made for this vocabulary: V, rounded up."""
+        return -(-self.size // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+
     @functools.cached_property
     def prefix(self) -> list[int]:
         """Token ids of what all prompts begin with."""
