@@ -19,6 +19,7 @@ ROOMS = {
     "explorer": {"errors", "artifacts", "tasks", "models", "inference"},
     "training": {"errors", "distributed", "models"},
     "inference": {"errors", "models"},
+    "aot": {"errors", "distributed", "models", "training", "inference"},
     "serving": {"errors", "artifacts", "models", "inference"},
     "simulation": {"errors", "artifacts", "interactions"},
     "evaluation": {"errors", "artifacts", "interests", "serving", "simulation", "feedback"},
