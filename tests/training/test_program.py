@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from copying_task import CONFIG, TRIE, Copying, curve, run, some_batch
+from copying_task import CONFIG, TRIE, Copying, run, some_batch
 from small_models import some_parameters
 
 from recexplore.distributed import partitioning
@@ -15,7 +15,6 @@ from recexplore.errors import InputError
 from recexplore.models import pretrained, saved
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import Transformer
-from recexplore.tasks import rows
 from recexplore.training import objectives
 from recexplore.training.optimization import Optimization
 from recexplore.training.program import Program
@@ -154,15 +153,13 @@ def test_fine_tuning_starts_from_exactly_the_pretrained_parameters(folder, sizes
     assert jax.tree.map(lambda x: x.sharding, state.params) == full.state_shardings.params
 
 
-@pytest.mark.parametrize(
-    ("network", "sizes"), [(Transformer, EIGHT), (Transformer, MIXED), (RewardModel, MIXED)]
-)
-def test_pretrained_parameters_train_on_eight_devices_as_on_one(folder, network, sizes):
+@pytest.mark.parametrize("network", [Transformer, RewardModel])
+def test_pretrained_parameters_train_on_eight_devices_as_on_one(folder, network):
     """Read parameters are handed over to the devices without a copy; no step may write to what
     another device still reads."""
     (alone, expected), (shared, found) = (
         stepped(made, made.initialize(0, folder))
-        for made in (program(network=network), program(network=network, sizes=sizes))
+        for made in (program(network=network), program(network=network, sizes=MIXED))
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -178,14 +175,6 @@ def test_adapters_train_on_eight_devices_as_on_one(folder):
         _, figures[sizes] = stepped(lora, lora.initialize(0, folder), lora.read_frozen(folder))
     for ours, alone in zip(figures[MIXED], figures[ONE], strict=True):
         assert ours == pytest.approx(alone, rel=1e-4)
-
-
-def test_a_fresh_state_is_the_same_wherever_it_is_made():
-    shared, alone = (
-        on_host(program(sizes=sizes).initialize(seed).params)
-        for sizes, seed in ((MIXED, 7), (ONE, 7))
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), shared, alone)
 
 
 def test_adapters_that_were_trained_are_loaded_around_their_transformer(tmp_path, folder):
@@ -204,7 +193,7 @@ def first_moments(state):
     return on_host(state.optimizer[1][0].mu)
 
 
-@pytest.mark.parametrize(("parts", "sizes"), [(1, ONE), (4, ONE), (4, MIXED)])
+@pytest.mark.parametrize(("parts", "sizes"), [(1, ONE), (4, MIXED)])
 def test_a_step_s_gradient_is_the_weighted_mean_of_the_examples_ones(folder, parts, sizes):
     """Whatever parts the batch is read in, and although their weights are unequal."""
     whole = program(sizes=sizes, microbatches=parts)
@@ -236,22 +225,15 @@ def gradients_of_examples():
     return on_host(each(parameters(), jax.tree.map(jnp.asarray, batch)))
 
 
-@pytest.mark.parametrize(
-    ("config", "optimization"),
-    [
-        (dataclasses.replace(PLAIN, param_dtype="bfloat16"), {"average_decay": 0.9}),
-        (PLAIN, {"optimizer": "adafactor", "microbatches": 2}),
-    ],
-    ids=["bfloat16", "adafactor"],
-)
-def test_steps_are_traced_once_and_leave_everything_as_it_was_placed(config, optimization):
+def test_steps_are_traced_once_and_leave_everything_as_it_was_placed():
+    config = dataclasses.replace(PLAIN, param_dtype="bfloat16")
     traced = []
 
     def noticed(*arguments):
         traced.append(arguments)
         return LOSSES[Transformer](*arguments)
 
-    whole = program(config, sizes=MIXED, objective=noticed, **optimization)
+    whole = program(config, sizes=MIXED, objective=noticed, average_decay=0.9, microbatches=2)
     state, _ = stepped(whole, whole.initialize(0), count=1)
     once = len(traced)
     state, _ = stepped(whole, state, count=4)
@@ -266,67 +248,3 @@ def test_the_average_is_wide_even_if_the_parameters_are_not():
     state = program(dataclasses.replace(PLAIN, param_dtype="bfloat16"), average_decay=0.9).state
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.average)} == {"float32"}
-
-
-class Dealt:
-    """Sixteen examples a batch, one in each row, or up to three in each of eight."""
-
-    def __init__(self, packed):
-        self.batch_size, self._packed = (8 if packed else 16), packed
-
-    def training(self, local):
-        return _DealtBatches(local, self._packed)
-
-    def validation(self, local):
-        return [next(_DealtBatches(local, self._packed))]
-
-
-class _DealtBatches:
-    def __init__(self, local, packed):
-        self._local, self._packed, self._step = local, packed, 0
-
-    def __next__(self):
-        random = np.random.default_rng(self._step)
-        self._step += 1
-        lengths = random.integers(1, 5, 16)
-        prompts = random.integers(2, 6, (16, 4))
-        prompts[np.arange(4) >= lengths[:, None]] = rows.NOTHING
-        last = prompts[np.arange(16), lengths - 1]
-        examples = {
-            "inputs": prompts,
-            "targets": np.stack([last, np.ones(16, int)], axis=1),
-            "seen": np.where(last == 2, 1, rows.NOTHING)[:, None],
-            "label": random.random(16).astype(np.float32),
-            "weight": random.choice([0.5, 1.0, 7.0], 16).astype(np.float32),
-        }
-        if self._packed:
-            grid = np.full((8, 3), rows.ABSENT)
-            grid[np.arange(3) < np.array([[2], [3], [3], [1], [2], [2], [2], [1]])] = np.arange(16)
-            made = rows.packed_rows(examples, grid, rows.Shape(20, 4, 0, 4))
-        else:
-            made = rows.single_rows(examples, np.arange(16)[:, None], rows.Shape(6, 4, 0, 4))
-        return {name: values[self._local] for name, values in made.items()}
-
-    def position(self):
-        return {"step": self._step}
-
-    def move_to(self, position):
-        self._step = position["step"]
-
-
-def test_packed_rows_train_like_single_ones(tmp_path):
-    for packed in (False, True):
-        run(
-            tmp_path / str(packed),
-            steps=2,
-            data=Dealt(packed),
-            model=Transformer(dataclasses.replace(PLAIN, max_length=20)),
-            evaluate_every=2,
-            log_every=1,
-        )
-    names = ("loss", "validation_loss", "validation_accuracy", "gradient_norm", "accuracy")
-    packed, single = (curve(tmp_path / str(packed), names) for packed in (True, False))
-    assert len(single) == 2 * 3 + 2
-    assert packed == pytest.approx(single, rel=1e-5)
-    of_padding = {name: curve(tmp_path / name, ["padding_fraction"]) for name in ("True", "False")}
-    assert of_padding["True"][2, "padding_fraction"] == pytest.approx(0.5, abs=0.2)

@@ -1,6 +1,7 @@
 """What a run tells of itself is counted right, whatever the clock says."""
 
 import json
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -128,11 +129,9 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
 
 
-class Chip:
-    """As much of a device as is asked about."""
-
-    def __init__(self, device_kind, platform="tpu"):
-        self.device_kind, self.platform = device_kind, platform
+def chips(kind, count, platform="tpu"):
+    """As much of so many devices as is asked about."""
+    return [Mock(jax.Device, device_kind=kind, platform=platform) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,7 @@ class Chip:
     ],
 )
 def test_published_peaks_add_up(kind, teraflops, gigabytes):
-    assert devices.peak_flops([Chip(kind)] * 4) == 4 * teraflops * 1e12
+    assert devices.peak_flops(chips(kind, 4)) == 4 * teraflops * 1e12
     assert devices.PUBLISHED[kind].memory == gigabytes << 30
 
 
@@ -161,9 +160,9 @@ def test_clocks_are_those_that_the_matrix_units_reach_their_peak_with():
 
 def test_where_nothing_is_published_it_is_measured_once_for_cores_that_are_shared(monkeypatch):
     monkeypatch.setattr(devices, "_measured_flops", lambda: 7e9)
-    assert devices.peak_flops([Chip("cpu", "cpu")] * 8) == 7e9
-    assert devices.peak_flops([Chip("some new chip", "gpu")] * 8) == 8 * 7e9
-    assert devices.peak_flops([Chip("TPU v4"), Chip("some new chip")]) == 2 * 7e9
+    assert devices.peak_flops(chips("cpu", 8, "cpu")) == 7e9
+    assert devices.peak_flops(chips("some new chip", 8, "gpu")) == 8 * 7e9
+    assert devices.peak_flops(chips("TPU v4", 1) + chips("some new chip", 1)) == 2 * 7e9
 
 
 def test_a_measured_rate_is_one_that_a_computer_can_have():
