@@ -126,7 +126,7 @@ def test_adapters_begin_where_the_pretrained_network_is(folder):
     _, (figures,) = stepped(lora, lora.initialize(5, folder), lora.read_frozen(folder), count=1)
     (batch,) = batches(1)
     training = jax.random.key(0)  # which it says; nothing is dropped
-    expected = mean_loss(Transformer(PLAIN), parameters(), batch, training)
+    expected = float(mean_loss(Transformer(PLAIN), parameters(), batch, training))
     assert figures["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_adapters_that_were_trained_are_loaded_around_their_transformer(tmp_path
     result = run(tmp_path, model=model, steps=20, pretrained=folder)
     variables = saved.load_parameters(tmp_path, model, str(folder))
     assert_equal(on_host({"params": variables["params"]}), parameters())
-    assert mean_loss(model, variables, some_batch()) == pytest.approx(
+    assert float(mean_loss(model, variables, some_batch())) == pytest.approx(
         result.best_validation, rel=1e-4
     )
     assert result.best_validation < mean_loss(Transformer(PLAIN), parameters(), some_batch())
