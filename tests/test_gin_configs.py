@@ -31,7 +31,7 @@ PUBLISHED = {  # parameters, as transformers counts them
 def test_every_file_is_covered_here():
     files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.gin")}
     data = {name for name in files if name.startswith("data/")}
-    others = {"pipeline.gin", "models/pretrained.gin"}
+    others = {"pipeline.gin", "ahead.gin", "models/pretrained.gin", "models/lora.gin"}
     assert files == {*RUNS, *SIZES, *PUBLISHED, *data, *others}
 
 
@@ -45,20 +45,55 @@ def test_every_run_is_complete_and_every_binding_used(name):
         configuration.check_required(stage.selector, stage.model)
 
 
-def test_a_pretrained_tokenizer_goes_with_any_run():
-    tokenize = "recexplore.pipeline.tokenize"
+def test_a_pretrained_model_and_its_tokenizer_go_with_any_run():
+    tokenize, train = "recexplore.pipeline.tokenize", "recexplore.pipeline.train"
     files = ["runs/demo.gin", "models/pretrained.gin"]
     configuration = Configuration(files, ["PRETRAINED = '/models/gemma'"])
     configuration.check_all_used(
         [(stage.selector, stage.model) for stage in pipeline.stages(configuration)]
     )
     configuration.check_required(tokenize)
+    for model in ("novelty", "alignment"):
+        configuration.check_required(train, model)
+        bound = configuration.reachable_from(train, model)
+        assert bound[f"{train}.pretrained"] == "'/models/gemma'"
     bound = configuration.reachable_from(tokenize)
     name = "recexplore.tasks.vocabulary.pretrained_vocabulary"
     assert bound[f"{tokenize}.train_vocabulary"] == f"@{name}"
     assert bound[f"{name}.pretrained"] == "'/models/gemma'"
     with pytest.raises(InputError, match="PRETRAINED must be set"):
         Configuration(files).check_required(tokenize)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_adapters_go_with_any_published_network(name):
+    plain = config_of(["runs/log.gin", name], "novelty", max_length=64)
+    config = config_of(["runs/log.gin", name, "models/lora.gin"], "novelty", max_length=64)
+    assert config.lora_rank == 16 and config.param_dtype == "bfloat16"
+    variables = abstract_parameters(Transformer(config))
+    assert sum(x.size for x in jax.tree.leaves(variables["params"])) == count_parameters(plain)
+    # Of each kernel [inputs, outputs] there are r (inputs + outputs).
+    heads, groups = plain.num_heads * plain.head_dim, plain.num_kv_heads * plain.head_dim
+    widths = 4 * plain.model_dim + 2 * heads + 2 * groups
+    adapters = sum(x.size for x in jax.tree.leaves(variables["lora"]))
+    assert adapters == plain.num_layers * 16 * widths
+
+
+@pytest.mark.parametrize("name", [*SIZES, *PUBLISHED])
+@pytest.mark.parametrize("more", [[], ["models/lora.gin"]])
+def test_any_network_can_be_compiled_ahead(name, more):
+    """Every binding is used, but for those of the alignment model's own network."""
+    configuration = Configuration(["ahead.gin", name, *more])
+    of_alignment = "recexplore.models.transformer.TransformerConfig"
+    programs = [
+        ("recexplore.aot.training_step", "train"),
+        ("recexplore.aot.explore_pair", "explore"),
+    ]
+    configuration.check_all_used([*programs, (of_alignment, "alignment")])
+    for selector, scope in programs:
+        configuration.check_required(selector, scope)
+        bound = configuration.reachable_from(selector, scope)
+        assert "recexplore.models.transformer.TransformerConfig.vocab_size" in bound
 
 
 @pytest.mark.parametrize("name", ["parquet", "movielens_tfds"])
