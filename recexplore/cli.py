@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import recexplore
 from recexplore import pipeline
 from recexplore.configuration import Configuration
 from recexplore.distributed import processes
-from recexplore.errors import InputError, Preempted
+from recexplore.errors import InputError, Preempted, SharedError
 from recexplore.progress import Progress
 from recexplore.workdir import Stage, WorkDirectory
 
@@ -59,22 +60,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
-    except InputError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        status = _tell(error)
+        if status is None and processes.is_alone():
+            raise
+        if not processes.is_alone() and not isinstance(error, (SharedError, Preempted)):
+            if status is None:
+                traceback.print_exc()
+            processes.leave(status or 1)  # the others don't know, and would wait
+        return status
+
+
+def _tell(error: BaseException) -> int | None:
+    """Says in words what has happened; returns the exit status, None if there are no words."""
+    if isinstance(error, InputError):
         return _fail(str(error))
-    except OSError as error:
-        if error.errno in _DISK_FULL or "No space left on device" in str(error):
-            place = f" while writing {error.filename}" if error.filename else ""
-            return _fail(
-                f"The disk is full{place}. Nothing that was finished is lost: free some space and "
-                "run the same command again."
-            )
-        if isinstance(error, PermissionError):
-            return _fail(f"No permission for {error.filename}: {error.strerror}.")
-        raise
-    except Preempted as preempted:
-        return _fail(f"{preempted} Run the same command again to go on.", _EXIT_PREEMPTED)
-    except KeyboardInterrupt:
+    if isinstance(error, Preempted):
+        return _fail(f"{error} Run the same command again to go on.", _EXIT_PREEMPTED)
+    if isinstance(error, KeyboardInterrupt):
         return _fail("Interrupted. Run the same command again to go on.", status=130)
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in _DISK_FULL or "No space left on device" in str(error):
+        place = f" while writing {error.filename}" if error.filename else ""
+        return _fail(
+            f"The disk is full{place}. Nothing that was finished is lost: free some space and "
+            "run the same command again."
+        )
+    if isinstance(error, PermissionError):
+        return _fail(f"No permission for {error.filename}: {error.strerror}.")
+    return None
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -90,11 +105,14 @@ def _run(arguments: Sequence[str]) -> int:
         for stage in chosen:
             print(_describe(work, stage))
         return 0
-    if processes.initialize():
-        _check_together(chosen)
+    if processes.find_others() is not None and any(stage.together for stage in chosen):
+        if processes.initialize():
+            _check_together(chosen)
     progress = Progress(silent=not processes.is_first())
     with work.locked():
         for stage in chosen:
+            if processes.stop_wanted():
+                raise Preempted(f"Told to stop before {stage.name}.")
             work.run(stage, progress, flags.overwrite)
     return 0
 

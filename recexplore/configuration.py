@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import gin
 from gin import config_parser
 
-from recexplore.errors import InputError
+from recexplore.errors import InputError, Preempted, SharedError
 
 INSTALLED_CONFIGS = "recexplore.gin_configs"
 _REQUIRED = "gin.REQUIRED"
@@ -322,8 +322,10 @@ def call_configured(function: Callable, scope: str, bindings: dict[str, str], *a
     with gin.config_scope(scope or None):
         try:
             function(*args)
-        except InputError as error:  # gin adds a trail of calls, which is of no use to a person
-            raise InputError(str(error).partition("\n  In call to configurable")[0]) from error
+        except (InputError, Preempted) as error:
+            # gin adds a trail of calls, which is of no use to a person.
+            kind = next(k for k in (SharedError, InputError, Preempted) if isinstance(error, k))
+            raise kind(str(error).partition("\n  In call to configurable")[0]) from error
         except OSError as error:  # gin's copy of it has forgotten its number and its file
             cause = error
             while cause is not None and getattr(cause, "errno", None) is None:

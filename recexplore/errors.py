@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
+class SharedError(InputError):
+    """The same, raised by all processes of a program alike."""
+
+
 class Preempted(Exception):
     """The machine is to be taken away. What was done is saved; the same command goes on."""

@@ -136,24 +136,14 @@ class WorkDirectory:
           InputError: an input isn't there or isn't up to date, a value is left open, or the stage's
             artefacts were made with another configuration and `overwrite` is False.
         """
-        status = self.status(stage)
-        self._check_inputs(stage)
-        if not status.reason:
+        reason = processes.first_says(lambda: self._why(stage, overwrite))
+        if not reason:
             progress.say(f"{stage.name}: up to date")
             return False
-        if status.made_otherwise and not overwrite:
-            raise InputError(
-                f"{self.folder}: {stage.name} was made with another configuration "
-                f"({status.made_otherwise}). Choose another --workdir, or add --overwrite to "
-                "make it, and all that follows from it, again."
-            )
-        progress.say(f"{stage.name}: {status.reason}, making {', '.join(stage.writes)}")
+        progress.say(f"{stage.name}: {reason}, making {', '.join(stage.writes)}")
         recipe = self._recipe(stage)
         before = self._record(stage)
-        processes.meet(f"{stage.name}: to be run")  # all have seen what is there
-        if processes.is_first():
-            self._prepare(stage, recipe)
-        processes.meet(f"{stage.name}: prepared")
+        processes.first_says(lambda: self._prepare(stage, recipe))
         start = time.monotonic()
         try:
             operative = call_configured(
@@ -169,17 +159,31 @@ class WorkDirectory:
                 if processes.is_first():
                     artifacts.write_json(self.record_path(stage), before)
             raise
-        processes.meet(f"{stage.name}: ran")
-        if processes.is_first():
-            for name in stage.writes:
-                path = self.folder / name
-                beside = path / "config.gin" if path.is_dir() else path.with_suffix(".config.gin")
-                with artifacts.new_file(beside) as temporary:
-                    temporary.write_text(operative)
-            self._write_record(stage, recipe, time.monotonic() - start)
-        processes.meet(f"{stage.name}: recorded")
-        progress.say(f"{stage.name}: done in {time.monotonic() - start:.0f} s")
+        seconds = time.monotonic() - start
+        processes.first_says(lambda: self._finish(stage, recipe, operative, seconds))
+        progress.say(f"{stage.name}: done in {seconds:.0f} s")
         return True
+
+    def _why(self, stage: Stage, overwrite: bool) -> str:
+        """Why a stage must run; empty when it needn't."""
+        status = self.status(stage)
+        self._check_inputs(stage)
+        if status.made_otherwise and not overwrite:
+            raise InputError(
+                f"{self.folder}: {stage.name} was made with another configuration "
+                f"({status.made_otherwise}). Choose another --workdir, or add --overwrite to "
+                "make it, and all that follows from it, again."
+            )
+        return status.reason
+
+    def _finish(self, stage: Stage, recipe: _Recipe, operative: str, seconds: float) -> None:
+        """Writes the operative configuration beside what was made, and the record last."""
+        for name in stage.writes:
+            path = self.folder / name
+            beside = path / "config.gin" if path.is_dir() else path.with_suffix(".config.gin")
+            with artifacts.new_file(beside) as temporary:
+                temporary.write_text(operative)
+        self._write_record(stage, recipe, seconds)
 
     def _outputs(self, stage: Stage) -> dict[str, list[int]]:
         return {name: _fingerprint(self.folder / name) for name in stage.writes}
@@ -195,25 +199,26 @@ class WorkDirectory:
         Raises:
           InputError: another run has it, or the folder can't be made.
         """
+        with contextlib.ExitStack() as held:
+            processes.first_says(lambda: self._lock(held))
+            yield
+
+    def _lock(self, held: contextlib.ExitStack) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"--workdir {self.folder} is not a folder. Choose another.") from error
         except FileNotFoundError as error:
             raise InputError(f"--workdir {self.folder} can't be made. Choose another.") from error
-        if not processes.is_first():
-            yield
-            return
-        with open(self.folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"{self.folder} is in use by another recexplore run. Wait for it to end, or "
-                    "choose another --workdir."
-                ) from error
-            artifacts.remove_leftovers(self.folder)
-            yield
+        lock = held.enter_context(open(self.folder / ".lock", "w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{self.folder} is in use by another recexplore run. Wait for it to end, or "
+                "choose another --workdir."
+            ) from error
+        artifacts.remove_leftovers(self.folder)
 
     def _check_inputs(self, stage: Stage) -> None:
         for name in stage.reads:

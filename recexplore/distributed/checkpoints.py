@@ -20,6 +20,7 @@ from recexplore.errors import InputError
 _log = logging.getLogger(__name__)
 _METRIC = "validation"
 _UNFINISHED = "orbax-checkpoint-tmp"
+_PASSING = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _USED = ("average", "params")  # entries of a state that are used, the first that is there
 
 
@@ -67,7 +68,7 @@ class Checkpoints:
     def _warn_of_unfinished(self) -> None:
         for path in sorted(self._folder.glob(f"*{_UNFINISHED}*")):
             _log.warning("Checkpoint %s was never finished and is left out.", path)
-        processes.meet("unfinished checkpoints")
+        processes.meet()
 
     def save(
         self, step: int, state: Any, position: dict[str, int], validation: float | None
@@ -97,26 +98,32 @@ class Checkpoints:
         Args:
           abstract: the state's shapes and shardings (jax.ShapeDtypeStruct).
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                items = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
-                    ),
-                )
-            except Exception as error:  # TensorStore has kinds of its own
-                if getattr(error, "errno", None) not in (None, errno.ENOENT):
-                    raise  # the machine's trouble, such as too many open files, not the file's
-                _log.warning(
-                    "Checkpoint %s/%d is damaged and left out (%s).",
-                    self._folder,
-                    step,
-                    str(error).splitlines()[0],
-                )
-                continue
-            return Restored(step, items["state"], items["position"])
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            items = self._restore(step, abstract)
+            if processes.all_agree(items is not None):
+                return Restored(step, items["state"], items["position"])
+            if items is not None:
+                _log.warning("Checkpoint %s/%d: another process can't read it.", self._folder, step)
+        if steps:
+            _log.warning("No checkpoint in %s can be read: training begins anew.", self._folder)
         return None
+
+    def _restore(self, step: int, abstract: Any) -> Any:
+        """A checkpoint, or None if it is damaged."""
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
+        )
+        try:
+            return self._manager.restore(step, args=arguments)
+        except Exception as error:  # TensorStore has kinds of its own
+            if _is_the_machine(error):
+                raise
+            reason = str(error).splitlines()[0]
+            _log.warning(
+                "Checkpoint %s/%d is damaged and left out (%s).", self._folder, step, reason
+            )
+            return None
 
     def best(self) -> tuple[int, float]:
         """Step of the best checkpoint, and what it was saved with as `validation`.
@@ -130,6 +137,15 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
+
+
+def _is_the_machine(error: Exception) -> bool:
+    """Whether a file can't be read for the machine's sake, such as too many open files."""
+    if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
+        return True
+    if getattr(error, "errno", None) not in (None, errno.ENOENT):
+        return True
+    return any(word in str(error) for word in _PASSING)
 
 
 def _value(metrics: dict[str, float]) -> float:

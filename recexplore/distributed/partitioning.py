@@ -71,11 +71,17 @@ def check_rules(rules: Rules) -> None:
         unknown = [axis for axis in targets if axis not in MESH_AXES]
         if unknown:
             raise InputError(
-                f"The sharding rule ({logical!r}, {target!r}) names the mesh axis {unknown[0]!r}; "
-                f"there are: {', '.join(MESH_AXES)}."
+                f"The sharding rule ({logical!r}, {target!r}) of trainer.train.rules names the "
+                f"mesh axis {unknown[0]!r}; there are: {', '.join(MESH_AXES)}."
+            )
+        known = [name for name, _ in DEFAULT_RULES]
+        if logical not in known:
+            raise InputError(
+                f"trainer.train.rules have a rule for {logical!r}, which no array has. The logical "
+                f"axes are: {', '.join(known)}."
             )
         if logical in seen:
-            raise InputError(f"The sharding rules map the axis {logical!r} twice. Keep one.")
+            raise InputError(f"trainer.train.rules map the axis {logical!r} twice. Keep one.")
         seen.add(logical)
 
 
@@ -86,10 +92,29 @@ def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
       boxed: abstract parameters from `jax.eval_shape` over a model's `init`.
       mesh: where to.
       rules: logical axis → mesh axis.
+
+    Raises:
+      InputError: a rule names an axis that doesn't exist, or two axes of one array go to the same.
     """
     check_rules(rules)
     specs = nn.get_partition_spec(boxed)
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs):
+        _check_collisions(jax.tree_util.keystr(path), spec, dict(rules))
     return nn.logical_to_mesh_sharding(specs, mesh, list(rules))
+
+
+def _check_collisions(name: str, axes: PartitionSpec, rules: dict[str, Any]) -> None:
+    """Checks that no two axes of an array go to the same mesh axis; flax would drop one."""
+    taken: dict[str, str] = {}
+    for logical in axes:
+        target = rules.get(logical)
+        for axis in (target,) if isinstance(target, str) else target or ():
+            if axis in taken:
+                raise InputError(
+                    f"trainer.train.rules send both {taken[axis]!r} and {logical!r} of {name} to "
+                    f"the mesh axis {axis!r}. Send one of them elsewhere, or to None."
+                )
+            taken[axis] = logical
 
 
 def check_shapes(abstract: Any, shardings: Any) -> None:

@@ -6,16 +6,20 @@ first one's; the others wait for it at a meeting point.
 
 import glob
 import importlib.util
+import itertools
+import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from recexplore.errors import InputError
+from recexplore.errors import InputError, SharedError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_MOMENT = 3.0  # seconds
 _TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
@@ -53,9 +57,10 @@ def find_others(environment: Mapping[str, str] = os.environ) -> dict[str, Any] |
                 f"0..{count - 1}."
             )
         return {"coordinator_address": address, "num_processes": count, "process_id": index}
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks.isdecimal() and int(tasks) > 1:
         return {}
-    wants_tpu = environment.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
+    wants_tpu = (environment.get("JAX_PLATFORMS") or "tpu").split(",")[0] == "tpu"
     if wants_tpu and importlib.util.find_spec("libtpu") and any(map(glob.glob, _TPU_CHIPS)):
         return {}
     return None
@@ -89,22 +94,70 @@ def initialize() -> bool:
 
 def is_first() -> bool:
     """Whether this process is the one that writes what is written once."""
-    return _alone() or sys.modules["jax"].process_index() == 0
+    return is_alone() or sys.modules["jax"].process_index() == 0
 
 
-def meet(name: str) -> None:
-    """Waits until all processes are here.
+def first_says(function: Callable[[], Any]) -> Any:
+    """What `function` returns in the first process, in all of them; the others wait for it.
 
     Args:
-      name: of the meeting point, the same in all processes.
+      function: returns JSON values. If it raises in the first process, all raise.
+
+    Raises:
+      SharedError: with the first process's words.
     """
-    if not _alone():
-        from jax.experimental import multihost_utils
+    if is_alone():
+        return function()
+    told, raised = "", None
+    if is_first():
+        try:
+            told = json.dumps({"value": function()})
+        except Exception as error:
+            told, raised = json.dumps({"error": str(error)}), error
+    said = json.loads(_gather(told)[0])
+    if "error" in said:
+        raise SharedError(said["error"]) from raised
+    return said["value"]
 
-        multihost_utils.sync_global_devices(name)
+
+def all_agree(yes: bool) -> bool:
+    """Whether all processes say yes."""
+    return yes if is_alone() else set(_gather("yes" if yes else "no")) == {"yes"}
 
 
-def _alone() -> bool:
+def meet() -> None:
+    """Waits until all processes are here."""
+    if not is_alone():
+        _gather("")
+
+
+def leave(status: int) -> None:
+    """Ends a process that others may be waiting for, so that they end soon as well.
+
+    The usual way out waits for all of them. The first process, whose end they notice at once, gives
+    them a moment to say what they have to say.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(_MOMENT)
+    os._exit(status)
+
+
+def _gather(text: str) -> list[str]:
+    """One text from every process, in order."""
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = process_allgather(np.int32(len(data))).ravel()
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[: len(data)] = data
+    rows = process_allgather(padded).reshape(len(sizes), -1)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def is_alone() -> bool:
     """Whether there are no others. JAX is not imported for it: who hasn't is alone."""
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1
@@ -114,32 +167,40 @@ class PreemptionNotice:
     """Whether the machine is about to be taken away: SIGTERM, to any of the processes.
 
     Several processes agree on the step after which all of them stop, through JAX's own service;
-    alone, a flag is enough. Used with `with`, which gives SIGTERM back at the end.
+    alone, a flag is enough. Used with `with`, around all that must not be cut short.
     """
 
-    def __init__(self) -> None:
-        self._came = False
-        self._before: Any = None
-
     def __enter__(self) -> "PreemptionNotice":
-        import jax
-
-        self._alone = not jax.distributed.is_initialized()  # JAX's service has SIGTERM otherwise
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        global _noted
+        _noted = False
+        self._own = is_alone() and threading.current_thread() is threading.main_thread()
+        if self._own:
+            self._before = signal.signal(signal.SIGTERM, _note)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._own:
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
-    def _note(self, *_: Any) -> None:
-        self._came = True
-
-    def came(self, step: int) -> bool:
-        """Whether to save and stop after `step`; all processes ask for every step, in order."""
-        if self._alone:
-            return self._came
+    def came(self) -> bool:
+        """Whether to save and stop now; all processes ask equally often."""
+        if is_alone():
+            return stop_wanted()
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+        # The count goes on from one model to the next: JAX names a count at which all stop.
+        return multihost_utils.reached_preemption_sync_point(next(_asked))
+
+
+def stop_wanted() -> bool:
+    """Whether a notice came to this process, alone, during its last piece of work."""
+    return _noted
+
+
+_noted = False
+_asked = itertools.count()
+
+
+def _note(*_: Any) -> None:
+    global _noted
+    _noted = True

@@ -1,6 +1,7 @@
 """How fast parameters move: schedule, clipping, optimizer."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ class Optimization:
         counts = ("steps", "microbatches")
         rules = {
             **{name: _is_count(getattr(self, name)) for name in counts},
-            "learning_rate": self.learning_rate > 0,
+            "learning_rate": 0 < self.learning_rate < math.inf,
             "warmup_share": 0 <= self.warmup_share < 1,
             "weight_decay": self.weight_decay >= 0,
             "clip_norm": self.clip_norm > 0,
@@ -74,11 +75,10 @@ class Optimization:
         if self.optimizer == "adamw":
             rule = optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decays)
         else:
-            # Its own clipping and parameter scaling are off: the chain clips, and the learning rate
-            # means the same as AdamW's.
+            # Neither scaled by the parameters' size nor clipped a second time: the learning rate
+            # means what it means for AdamW.
             rule = optax.chain(
                 optax.scale_by_factored_rms(),
-                optax.clip_by_block_rms(1.0),
                 optax.add_decayed_weights(self.weight_decay, mask=_decays),
                 optax.scale_by_learning_rate(schedule),
             )
@@ -86,7 +86,7 @@ class Optimization:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+    return type(value) is int and value >= 1
 
 
 def _decays(params: Any) -> Any:

@@ -68,12 +68,12 @@ class Meter:
     Args:
       flops_per_step: operations that a step needs.
       peak_flops: operations a second of all devices together, at best.
-      processes: each is taken to have as many tokens as this one.
+      times: by how much a whole batch is more than the rows that are counted here.
     """
 
-    def __init__(self, flops_per_step: int, peak_flops: float, processes: int = 1):
+    def __init__(self, flops_per_step: int, peak_flops: float, times: float = 1.0):
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
-        self._processes = processes
+        self._times = times
         self.restart()
 
     def restart(self) -> None:
@@ -100,7 +100,7 @@ class Meter:
         rate = self._flops_per_step * self._steps / seconds
         figures = {
             "seconds_per_step": seconds / self._steps,
-            "tokens_per_second": self._tokens * self._processes / seconds,
+            "tokens_per_second": self._tokens * self._times / seconds,
             "model_flops_utilization": rate / self._peak_flops,
             "padding_fraction": 1 - self._tokens / max(self._slots, 1),
             "data_wait_fraction": self._waited / seconds,

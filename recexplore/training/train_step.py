@@ -78,7 +78,7 @@ def train_step(
     else:
         sums, gradients = _accumulate(gradients_of, state.params, batch, key, microbatches)
     weight = jnp.maximum(sums.weight, 1e-9)
-    gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+    gradients = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), gradients, state.params)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average
@@ -128,7 +128,7 @@ def _accumulate(gradients_of, params, batch: Batch, key, parts: int) -> tuple[Su
     dealt = jax.tree.map(deal, batch)
     first = jax.tree.map(lambda x: x[0], dealt)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, params, first, key)
+        lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradients_of, params, first, key)
     )
     return jax.lax.scan(add, zeros, (jnp.arange(parts), dealt))[0]
 

@@ -17,7 +17,7 @@ from recexplore.distributed import partitioning
 from recexplore.distributed.checkpoints import Checkpoints
 from recexplore.distributed.devices import peak_flops
 from recexplore.distributed.processes import PreemptionNotice
-from recexplore.errors import InputError, Preempted
+from recexplore.errors import InputError, Preempted, SharedError
 from recexplore.models.saved import CHECKPOINTS
 from recexplore.models.trie import Trie
 from recexplore.training.optimization import Optimization
@@ -123,9 +123,15 @@ def train(
         keep_best=keep_best,
         profile_steps=profile_steps,
     )
+    if type(profile_from) is not int or not 0 <= profile_from <= optimization.steps:
+        raise InputError(
+            f"trainer.train.profile_from is {profile_from!r}; it must be a step of the "
+            f"{optimization.steps} there are, or 0 for no trace."
+        )
     mesh = make_mesh()
     partitioning.check_batch_size(data.batch_size, mesh, optimization.microbatches)
-    measures = {"loss": objective} | ({"choice": choose_by} if choose_by else {})
+    chosen = "choice" if choose_by else "loss"
+    measures = {"loss": objective} | ({chosen: choose_by} if choose_by else {})
     program = Program(model, objective, optimization, mesh, rules, tuple(measures.items()))
     rows = partitioning.local_rows(data.batch_size, mesh)
     batches, validation = data.training(rows), data.validation(rows)
@@ -136,20 +142,21 @@ def train(
     def put(batch: Batch) -> dict[str, jax.Array]:
         return partitioning.put_batch(batch, data.batch_size, mesh)
 
-    with contextlib.ExitStack() as open_until_the_end:
-        closing = _closing_in(open_until_the_end)
-        checkpoints = closing(Checkpoints(folder / CHECKPOINTS, keep_last, keep_best))
+    with contextlib.ExitStack() as stack:
+        notice = stack.enter_context(PreemptionNotice())  # first in, last out: it guards the saving
+        checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last, keep_best)
+        stack.enter_context(contextlib.closing(checkpoints))
         restored = checkpoints.latest(_saved(program.state))
         if restored is None:
             start, state = 0, program.initialize(seed, pretrained)
         else:
             start, state = restored.step, State(**{"average": None} | restored.state)
             batches.move_to(restored.position)
-        curves = closing(Curves(folder, start))
-        profile = closing(Profile(folder, profile_from, profile_steps))
-        notice = open_until_the_end.enter_context(PreemptionNotice())
+        curves = stack.enter_context(contextlib.closing(Curves(folder, start)))
+        profile = Profile(folder, profile_from, profile_steps)
+        stack.enter_context(contextlib.closing(profile))
+        stack.enter_context(jax.transfer_guard("disallow"))
         meter, recent, shown = None, _Recent(), {}
-        open_until_the_end.enter_context(jax.transfer_guard("disallow"))
         for step in range(start + 1, steps + 1):
             profile.before(step)
             asked = time.perf_counter()
@@ -167,13 +174,13 @@ def train(
             if evaluate or step % log_every == 0:
                 figures = recent.check_all()
                 curves.write(step, figures | meter.read())
-            stop = notice.came(step)
+            stop = notice.came()
             if evaluate:
                 shown = _validate(program, state, frozen, map(put, validation), trie)
                 recent.check_validation(step, shown)
                 curves.write(step, shown)
             if evaluate or stop:
-                value = shown[f"validation_{[*measures][-1]}"] if evaluate else None
+                value = shown[f"validation_{chosen}"] if evaluate else None
                 recent.check_all()
                 checkpoints.save(step, _saved(state), batches.position(), value)
                 meter.restart()
@@ -185,15 +192,10 @@ def train(
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise InputError(
                 f"trainer.train.{name} is {value!r}; it must be a whole number from 1 on."
             )
-
-
-def _closing_in(stack: contextlib.ExitStack) -> Callable[[Any], Any]:
-    """A function that leaves a thing to be closed when the stack is."""
-    return lambda thing: stack.enter_context(contextlib.closing(thing))
 
 
 def _saved(state: State) -> dict[str, Any]:
@@ -207,15 +209,19 @@ def _make_meter(program: Program, batch: Batch, batch_size: int, trie: Trie) -> 
         for name, rows in batch.items()
     }
     devices = list(program.mesh.devices.flat)
-    return Meter(program.flops(whole, trie), peak_flops(devices), jax.process_count())
+    times = batch_size / len(batch["tokens"])
+    return Meter(program.flops(whole, trie), peak_flops(devices), times)
 
 
 def _validate(program: Program, state: State, frozen, batches, trie: Trie) -> dict[str, float]:
     """The measures over the whole validation split."""
-    batches, found = list(batches), {}
-    for name, evaluate in program.evaluations.items():
-        parts = [evaluate(state.used, frozen, batch, trie) for batch in batches]
-        columns = zip(*jax.device_get(parts), strict=True)
+    parts: dict[str, list] = {name: [] for name in program.evaluations}
+    for batch in batches:
+        for name, evaluate in program.evaluations.items():
+            parts[name].append(evaluate(state.used, frozen, batch, trie))
+    found = {}
+    for name, sums in parts.items():
+        columns = zip(*jax.device_get(sums), strict=True)
         total, weight, correct = (np.sum(column, dtype=np.float64) for column in columns)
         if name == "loss":
             found["validation_accuracy"] = float(correct / max(weight, 1e-9))
@@ -232,7 +238,6 @@ class _Recent:
     def __init__(self) -> None:
         self._waiting: collections.deque = collections.deque()
         self._last: dict[str, float] = {}
-        self._ids: list[int] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
         self._waiting.append((step, metrics, batch["example_id"]))
@@ -246,22 +251,25 @@ class _Recent:
         return dict(self._last)
 
     def check_validation(self, step: int, figures: dict[str, float]) -> None:
-        for value in figures.values():
-            self._check(step, value)
+        """Checks figures of the validation split, taken after a step."""
+        for name, value in figures.items():
+            self._check(step, f"{name}, over the whole split,", value, [])
 
     def _check_oldest(self) -> None:
         step, metrics, ids = self._waiting.popleft()
         self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._ids = [int(i) for i in ids.flat if i >= 0]
-        self._check(step, self._last["loss"])
-        self._check(step, self._last["gradient_norm"])
+        real = [int(i) for i in ids.flat if i >= 0]
+        self._check(step, "The loss", self._last["loss"], real)
+        self._check(step, "The gradient's norm", self._last["gradient_norm"], real)
 
-    def _check(self, step: int, value: float) -> None:
-        if not math.isfinite(value):
-            ids, more = self._ids[:_IDS_SHOWN], len(self._ids) - _IDS_SHOWN
-            raise InputError(
-                f"The loss is {value} at step {step} (learning rate "
-                f"{self._last['learning_rate']:.3g}; the batch's examples are "
-                f"{', '.join(map(str, ids))}{f' and {more} more' if more > 0 else ''}). The last "
-                "good checkpoint is kept. Try a lower optimization.Optimization.learning_rate."
-            )
+    def _check(self, step: int, what: str, value: float, ids: list[int]) -> None:
+        if math.isfinite(value):
+            return
+        more, shown = len(ids) - _IDS_SHOWN, ", ".join(map(str, ids[:_IDS_SHOWN]))
+        whose = "the batch's" if jax.process_count() == 1 else "this process's"
+        examples = f"; {whose} examples are {shown}{f' and {more} more' if more > 0 else ''}"
+        raise SharedError(
+            f"{what} is {value} at step {step} (learning rate {self._last['learning_rate']:.3g}"
+            f"{examples if ids else ''}). The last good checkpoint is kept. Try a lower "
+            "optimization.Optimization.learning_rate."
+        )
