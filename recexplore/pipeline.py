@@ -431,7 +431,14 @@ def train(
         artifacts.write_json(folder / NETWORK, saved.describe(network, pretrained))
     with progress.bar(f"train {name}") as update:
         result = run(
-            folder, network, objective, trie, data, update, pretrained=pretrained, seed=seed
+            folder,
+            network,
+            objective,
+            trie,
+            data,
+            update,
+            pretrained=Path(pretrained) if pretrained else None,
+            seed=seed,
         )
     progress.say(
         f"  {result.steps} steps; the best on validation, after {result.best_step}, has "
@@ -577,7 +584,7 @@ def evaluate(
                 models[NOVELTY],
                 models[ALIGNMENT],
                 histories,
-                [np.flatnonzero(row) for row in excluded[:, place]],
+                [np.flatnonzero(row).tolist() for row in excluded[:, place]],
                 settings,
                 seed,
                 update,
@@ -650,7 +657,7 @@ def _read_log(work: Path):
     )
 
 
-def _say_counts(progress: Progress, counts: Mapping[str, float | str]) -> None:
+def _say_counts(progress: Progress, counts: Mapping[str, int | float | str]) -> None:
     """One line; what there is none of is only in counts.json."""
     shown = {k: v if isinstance(v, str) else f"{v:,.4g}" for k, v in counts.items() if v}
     shown |= {k: f"{v:,}" for k, v in counts.items() if isinstance(v, int) and v}

@@ -57,7 +57,7 @@ class Progress:
         )
         try:
 
-            def update(done: float, total: float, **figures: float) -> None:
+            def update(done: int, total: int, **figures: float) -> None:
                 nonlocal task
                 if task is None:
                     if time.monotonic() - start < _SHOW_AFTER_SECONDS:
@@ -74,7 +74,7 @@ class Progress:
     def _plain_lines(self, what: str) -> Iterator[Update]:
         last = time.monotonic()
 
-        def update(done: float, total: float, **figures: float) -> None:
+        def update(done: int, total: int, **figures: float) -> None:
             nonlocal last
             if time.monotonic() - last >= _LINE_EVERY_SECONDS:
                 last = time.monotonic()

@@ -23,6 +23,8 @@ from recexplore.tasks.rows import NOTHING, Shape, packed_rows, single_rows
 from recexplore.tasks.seqio_vocabulary import description_tokens, prompt_tokens
 from recexplore.tasks.vocabulary import Vocabulary
 
+Rows = Sequence[int] | Int[np.ndarray, "R"]
+
 
 def write_examples(
     examples: Sequence[Example], folder: Path, split: str, vocabulary: Vocabulary
@@ -134,11 +136,11 @@ class Data:
         for split in ("train", "validation"):
             count_examples(folder, split)
 
-    def training(self, rows: Sequence[int]) -> "Batches":
+    def training(self, rows: Rows) -> "Batches":
         """Some rows of endless training batches."""
         return self._make("train", rows, shuffle=True, seed=self._seed, repeat=True)
 
-    def validation(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    def validation(self, rows: Rows) -> list[dict[str, np.ndarray]]:
         """Some rows of the validation split's batches."""
         return list(self._make("validation", rows))
 
@@ -189,7 +191,7 @@ class Batches:
         task: seqio.Task,
         folder: Path,
         split: str,
-        rows: Sequence[int] | None = None,
+        rows: Rows | None = None,
         *,
         batch_size: int,
         max_length: int,
