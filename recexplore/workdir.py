@@ -122,7 +122,7 @@ class WorkDirectory:
             difference = f"recexplore was {record['version']}, now {recexplore.__version__}"
             return Status(difference, made_otherwise=difference)
         if record["recipe"] != recipe.hash:
-            return Status("what it reads has changed")
+            return Status(f"what it reads has changed{_gone(record, recipe)}")
         if record["outputs"] != self._outputs(stage):
             return Status("what it wrote is gone or was changed")
         return Status()
@@ -343,6 +343,15 @@ def _fingerprint(path: Path) -> list[int]:
             content.seek(max(size - _MEBIBYTE, 0))
             checksum = zlib.crc32(content.read(_MEBIBYTE), checksum)
     return [len(files), total, checksum]
+
+
+def _gone(record: dict[str, Any], recipe: _Recipe) -> str:
+    """Which files outside the work directory aren't there any more."""
+    gone = sorted(record.get("sources", {}).keys() - recipe.sources.keys())
+    if not gone:
+        return ""
+    others = f" and {len(gone) - 1} more files are" if len(gone) > 1 else " is"
+    return f": {gone[0]}{others} gone. If you moved them, put them back or leave a link"
 
 
 def _difference(before: dict[str, str], now: dict[str, str]) -> str:
