@@ -31,7 +31,7 @@ PUBLISHED = {  # parameters, as transformers counts them
 def test_every_file_is_covered_here():
     files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.gin")}
     data = {name for name in files if name.startswith("data/")}
-    others = {"pipeline.gin", "models/pretrained.gin"}
+    others = {"pipeline.gin", "ahead.gin", "models/pretrained.gin", "models/lora.gin"}
     assert files == {*RUNS, *SIZES, *PUBLISHED, *data, *others}
 
 
@@ -59,6 +59,19 @@ def test_a_pretrained_tokenizer_goes_with_any_run():
     assert bound[f"{name}.pretrained"] == "'/models/gemma'"
     with pytest.raises(InputError, match="PRETRAINED must be set"):
         Configuration(files).check_required(tokenize)
+
+
+@pytest.mark.parametrize("model", ["novelty", "alignment"])
+def test_adapters_learn_faster_than_whole_pretrained_models(model):
+    files = ["runs/log.gin", "data/simulated.gin", "models/gemma2_2b.gin", "models/pretrained.gin"]
+    rates = []
+    for more in ([], ["models/lora.gin"]):
+        run = Configuration([*files, *more], ["PRETRAINED = '/models/gemma'"])
+        run.check_all_used([(stage.selector, stage.model) for stage in pipeline.stages(run)])
+        bound = run.reachable_from("recexplore.pipeline.train", model)
+        name = "recexplore.training.optimization.Optimization.learning_rate"
+        rates.append(float(bound.get(f"{model}/{name}", bound[name])))
+    assert 1e-6 < rates[0] < rates[1] < 1e-3
 
 
 @pytest.mark.parametrize("name", ["parquet", "movielens_tfds"])
