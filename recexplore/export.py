@@ -1,9 +1,9 @@
 """A trained model → a folder that transformers reads.
 
 What was trained goes out as the language model that it is: adapters are merged into the kernels,
-the tokenizer lies beside it. A reward model's head isn't part of any network of transformers (theirs
-has no bias and no order among labels), so it is a file of its own, `REWARD_HEAD`, for hidden states
-of the exported transformer. With h the last token's, after the last norm:
+the tokenizer lies beside it. A reward model's head fits no network of transformers (theirs have no
+bias and no order among labels), so it is a file of its own, `REWARD_HEAD`, for hidden states of the
+exported transformer. With h the last token's, after the last norm:
 
     scalar    head [D], bias []                score = head · h + bias
     bins      head [D, bins], bias [bins]      P(bin) = softmax(hᵀ head + bias)

@@ -6,7 +6,6 @@ can say all that ours does.
 """
 
 import json
-from pathlib import Path
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
