@@ -77,7 +77,9 @@ def training_step(
     """
     config = make_config(max_length=max_length)
     mesh = make_mesh(devices=devices)
-    partitioning.check_batch_size(batch_size, mesh, optimization.microbatches)
+    partitioning.check_batch_size(
+        batch_size, mesh, optimization.microbatches, "aot.training_step.batch_size"
+    )
     program = Program(make_network(config), objective, optimization, mesh, rules)
     trie = some_trie(num_clusters, description_length, config.vocab_size)
     sizes, rows = (batch_size,), np.int32
@@ -133,7 +135,7 @@ def explore_pair(
     """
     config = make_config(max_length=prefix_length + prompt_length + description_length)
     mesh = make_mesh(devices=devices)
-    partitioning.check_batch_size(batch_size, mesh)
+    partitioning.check_batch_size(batch_size, mesh, name="aot.explore_pair.batch_size")
     everywhere, on_batch = jax.NamedSharding(mesh, jax.P()), partitioning.batch_sharding(mesh)
     networks = (Transformer(config), RewardModel(config))
     (novelty, base), (alignment, _) = (

@@ -30,19 +30,7 @@ from recexplore.models.trie import Trie, build_trie
 EOS_ID = 1
 HISTORY_CLUSTERS = 2
 _GIN_FOLDER = Path(__file__).parent.parent / "gin_configs" / "models"
-_GEMMA2_2B = TransformerConfig(
-    vocab_size=256_128,
-    num_layers=26,
-    model_dim=2304,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=256,
-    mlp_dim=9216,
-    max_length=8192,
-    attention_windows=(4096, 0),
-    attention_softcap=50.0,
-    logit_softcap=30.0,
-)
+_OWN_VOCABULARY = ("small",)  # presets that say nothing of it
 
 
 class Pair(NamedTuple):
@@ -71,12 +59,11 @@ class Inputs(NamedTuple):
 
 def preset(name: str, vocab_size: int, max_length: int, dtype: str) -> TransformerConfig:
     """The sizes of a preset; the gin file is the one that training reads."""
-    if name == "gemma2_2b":
-        return dataclasses.replace(_GEMMA2_2B, dtype=dtype)
     gin.clear_config()
     gin.parse_config_file(str(_GIN_FOLDER / f"{name}.gin"))
     configured = gin.get_configurable(TransformerConfig)
-    return configured(vocab_size=vocab_size, max_length=max_length, dtype=dtype)
+    own = {"vocab_size": vocab_size} if name in _OWN_VOCABULARY else {}
+    return configured(max_length=max_length, dtype=dtype, **own)
 
 
 def smallest(config: TransformerConfig) -> TransformerConfig:

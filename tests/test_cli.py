@@ -1,6 +1,8 @@
 """The command as a person meets it."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ TINY = """
 from __gin__ import dynamic_registration
 include 'runs/demo.gin'
 from recexplore.simulation import world
+from recexplore.training import optimization
 from recexplore.training import trainer
 from recexplore import pipeline
 
@@ -173,3 +176,39 @@ def test_another_configuration_is_refused_and_changes_nothing(tiny_run, capsys):
     error = refused(capsys, "run", *flags, "--gin.NUM_CLUSTERS=21")
     assert "num_clusters was 20, now 21" in error and "--overwrite" in error
     assert command("run", *flags).stderr.count("up to date") == 9
+
+
+def test_two_processes_train_as_one_command(tmp_path):
+    (tmp_path / "tiny.gin").write_text(TINY)
+    flags = ("--workdir", str(tmp_path / "W"), "--gin_file", str(tmp_path / "tiny.gin"))
+    for stage in ("ingest", "cluster", "aggregate", "tokenize"):
+        assert cli.main([stage, *flags]) == 0
+    first, second = together("train", *flags)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "train alignment: done" in first.stderr and "done" not in second.stderr
+    assert command("train", *flags).stderr.count("up to date") == 2
+    for process in together("explore", *flags):
+        assert process.returncode == 2 and "explore is for one" in " ".join(process.stderr.split())
+
+
+def together(*arguments):
+    """Runs a command in two processes that find each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    others = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "recexplore.cli", *arguments],
+            env=os.environ | others | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    ended = [process.communicate(timeout=400) for process in running]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *outputs)
+        for process, outputs in zip(running, ended, strict=True)
+    ]

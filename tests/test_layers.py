@@ -21,6 +21,7 @@ ROOMS = {
     "export": {"errors", "artifacts", "tasks", "models", "explorer"},
     "training": {"errors", "distributed", "models"},
     "inference": {"errors", "models"},
+    "aot": {"errors", "distributed", "models", "training", "inference"},
     "serving": {"errors", "artifacts", "models", "inference"},
     "simulation": {"errors", "artifacts", "interactions"},
     "evaluation": {"errors", "artifacts", "interests", "serving", "simulation", "feedback"},

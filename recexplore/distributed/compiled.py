@@ -1,6 +1,8 @@
 """What a compiled program costs, by the compiler's own account."""
 
 import collections
+import functools
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -13,10 +15,13 @@ _COLLECTIVES = (
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
+_TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _LIMIT = re.compile(r"= [su]\d+\[\][^=]*constant\((\d+)\)")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CYCLES_KEY = "cycles"
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
@@ -80,40 +85,57 @@ class Talk(NamedTuple):
 def read_text(text: str) -> Talk:
     """Adds up a compiled program.
 
-    What stands in a loop counts as often as the loop runs: up to the limit that its condition
-    compares with.
+    What stands in a loop counts as often as the loop runs, where the compiler says so or the loop's
+    condition compares with a constant; once where neither is. Of several branches the one that
+    moves most counts.
 
     Args:
       text: the compiled program (HLO), as `jax.stages.Compiled.as_text` gives it.
     """
     entry, computations = _computations(text)
-    counts: dict[str, int] = collections.Counter()
-    sizes: dict[str, int] = collections.Counter()
-    cycles = 0
 
-    def visit(name: str, times: int, fused: bool = False) -> None:
-        nonlocal cycles
+    @functools.cache
+    def total(name: str, fused: bool = False) -> collections.Counter:
+        found: collections.Counter = collections.Counter()
         for line in computations.get(name, ()):
-            match = _COLLECTIVE.search(line)
-            if match:
-                counts[match[2]] += times
-                sizes[match[2]] += times * _bytes(match[1], started=bool(match[3]))
             if not fused:  # a fusion's own figure has those of its parts in it
-                cycles += times * sum(map(int, _CYCLES.findall(line)))
+                found[_CYCLES_KEY] += sum(map(int, _CYCLES.findall(line)))
+            match = _COLLECTIVE.search(line)
             loop = _LOOP.search(line)
-            if loop:
-                visit(loop[2], times * _trips(computations.get(loop[1], [])))
+            branches = _branches(line)
+            if match:
+                kind, shape = match[2], match[1]
+                found[kind, "count"] += 1
+                found[kind, "bytes"] += _bytes(_result(shape, kind) if match[3] else shape)
+            elif loop:
+                times = _trips(line, computations.get(loop[1], []))
+                found.update({key: times * value for key, value in total(loop[2]).items()})
+            elif branches:
+                found.update(max(map(total, branches), key=_dearness))
             else:
-                for called in _called(line):
-                    visit(called, times, fused or " fusion(" in line)
+                for called in _CALLED.findall(line):
+                    found.update(total(called, fused or " fusion(" in line))
+        return found
 
-    visit(entry, 1)
-    found = {kind: Collective(counts[kind], sizes[kind]) for kind in _COLLECTIVES if counts[kind]}
-    return Talk(found, cycles)
+    whole = total(entry)
+    kinds = {
+        kind: Collective(whole[kind, "count"], whole[kind, "bytes"])
+        for kind in _COLLECTIVES
+        if whole[kind, "count"]
+    }
+    return Talk(kinds, whole[_CYCLES_KEY])
 
 
-def _trips(condition: list[str]) -> int:
-    """How often a loop runs that counts from 0 up to a constant."""
+def _dearness(found: collections.Counter) -> tuple[int, int]:
+    moved = sum(value for key, value in found.items() if key != _CYCLES_KEY and key[1] == "bytes")
+    return moved, found[_CYCLES_KEY]
+
+
+def _trips(loop: str, condition: list[str]) -> int:
+    """How often a loop runs: by the compiler's word, or from 0 up to a constant."""
+    known = _KNOWN_TRIPS.search(loop)
+    if known:
+        return int(known[1])
     limits = [int(limit) for line in condition for limit in _LIMIT.findall(line)]
     return max(limits, default=1)
 
@@ -133,22 +155,35 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, found
 
 
-def _called(line: str) -> list[str]:
-    names = _CALLED.findall(line)
-    for group in _BRANCHES.findall(line):
-        names += [name.strip().lstrip("%") for name in group.split(",")]
-    return names
+def _branches(line: str) -> list[str]:
+    """The computations of which a conditional runs one."""
+    listed = _BRANCHES.search(line)
+    if listed:
+        return [name.strip().lstrip("%") for name in listed[1].split(",")]
+    return _TRUE_FALSE.findall(line)
 
 
-def _bytes(shape: str, started: bool) -> int:
-    """Bytes of a shape as HLO writes it; of one that is only started, the result's alone."""
-    arrays = []
+def _result(shape: str, kind: str) -> str:
+    """The part of a started collective's shape that is its result.
+
+    That of an all-reduce is nothing else; the others have (operands, results, contexts …).
+    """
+    if kind == "all-reduce" or not shape.startswith("("):
+        return shape
+    parts, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def _bytes(shape: str) -> int:
+    """Bytes of a shape as HLO writes it: an array's, or all of a tuple's together."""
+    total = 0
     for kind, sizes in _ARRAY.findall(shape):
         bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
-        count = 1
-        for size in filter(None, sizes.split(",")):
-            count *= int(size)
-        arrays.append(count * bits // 8)
-    if started and len(arrays) > 1:  # (operands, results, contexts)
-        return max(arrays)
-    return sum(arrays)
+        total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
+    return total

@@ -149,8 +149,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+def check_batch_size(
+    batch_size: int, mesh: Mesh, microbatches: int = 1, name: str = "pipeline.train.batch_size"
+) -> None:
     """Checks that a batch, and each part of it that is read at once, can be dealt out.
+
+    Args:
+      batch_size: rows of the whole batch.
+      mesh: the devices.
+      microbatches: parts that it is read in.
+      name: of the batch size, in gin.
 
     Raises:
       InputError: it doesn't divide by the mesh's data and fsdp axes.
@@ -159,7 +167,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
     if batch_size < 1 or batch_size % (shares * microbatches):
         parts = f", times {microbatches} microbatches" if microbatches > 1 else ""
         raise InputError(
-            f"pipeline.train.batch_size is {batch_size}; it must be a positive multiple of "
+            f"{name} is {batch_size}; it must be a positive multiple of "
             f"{shares * microbatches}: {shares}, the mesh's data × fsdp{parts}."
         )
 

@@ -95,6 +95,7 @@ def _attend_group(
             scores = softcap * jnp.tanh(scores / softcap)
         blocks.append(jnp.where(mask, scores, _MASKED))
     highest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in blocks])
+    highest = jax.lax.stop_gradient(highest)  # whatever it is, the quotient is the same
     weights = [jnp.exp(block - highest) for block in blocks]
     total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
     mixed = sum(

@@ -180,6 +180,18 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, jax.P(*spec))
 
 
+def bring_table(table: Float[Array, "V D"], dtype: str) -> Float[Array, "V D"]:
+    """An embedding table whose rows every device needs whole; its shares of the vocabulary stay.
+
+    It is cast where it lies, before devices send it to each other. Without rules in force it comes
+    back as it is: who takes a few rows of it casts those.
+    """
+    if not nn.get_logical_axis_rules() or jax.sharding.get_abstract_mesh().empty:
+        return table
+    table = constrain(table.astype(dtype), "vocab", "embed")
+    return constrain(table, "activation_vocab", "activation_embed")
+
+
 def take_tokens(x: Array, places: Int[Array, "*batch R"]) -> Array:
     """[*batch, T, width] → [*batch, R, width]; size-1 axes of the batch are stretched."""
     x = jnp.broadcast_to(x, (*places.shape[:-1], *x.shape[-2:]))
@@ -201,23 +213,39 @@ def _project(
     """
     c, zeros = module.config, nn.initializers.zeros
     spread = nn.initializers.normal(stddev=math.prod(inputs.values()) ** -0.5)
-    y = jnp.tensordot(x, _parameter(module, name, inputs | outputs, spread), axes=len(inputs))
+    y = _product(x, _parameter(module, name, inputs | outputs, spread), len(inputs))
     if bias:
         added = _parameter(module, f"{name}_bias", outputs, zeros)
         y = y + added.reshape((1,) * (y.ndim - added.ndim) + added.shape)
     if c.lora_rank and name in c.lora_targets:
         rank = {"lora_rank": c.lora_rank}
-        low = jnp.tensordot(x, _adapter(module, f"{name}_a", inputs | rank, spread), len(inputs))
-        high = jnp.tensordot(low, _adapter(module, f"{name}_b", rank | outputs, zeros), 1)
+        low = _product(x, _adapter(module, f"{name}_a", inputs | rank, spread), len(inputs))
+        high = _product(low, _adapter(module, f"{name}_b", rank | outputs, zeros), 1)
         y = y + c.lora_scale * high
     return y
 
 
+def _product(x: Array, kernel: Array, axes: int) -> Array:
+    """jnp.tensordot(x, kernel, axes) as one product of two matrices.
+
+    XLA's gradient of a product with several batch axes takes half as long again on a CPU.
+    """
+    *batch, inputs = *x.shape[: x.ndim - axes], math.prod(kernel.shape[:axes])
+    outputs = kernel.shape[axes:]
+    y = x.reshape(-1, inputs) @ kernel.reshape(inputs, -1)
+    return y.reshape(*batch, *outputs)
+
+
 def _parameter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
-    """A parameter with its logical axes, cast to the computation's dtype."""
+    """A parameter with its logical axes, cast to the computation's dtype.
+
+    It is cast where it lies: what devices then send each other is half as much in bfloat16, and so
+    are their gradients.
+    """
     boxed = nn.with_logical_partitioning(initializer, tuple(axes))
     c = module.config
-    return module.param(name, boxed, tuple(axes.values()), c.param_dtype).astype(c.dtype)
+    value = module.param(name, boxed, tuple(axes.values()), c.param_dtype)
+    return constrain(value.astype(c.dtype), *axes)
 
 
 def _adapter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:

@@ -23,6 +23,7 @@ from recexplore.models.layers import (
     Block,
     RMSNorm,
     Sight,
+    bring_table,
     constrain,
 )
 
@@ -269,7 +270,7 @@ class Transformer(nn.Module):
         """
         sight = self._sight(positions, (*context_masks, own_mask), context)
         kept = tuple(KeyValues(segment.keys, segment.values) for segment in context)
-        table = constrain(self.token_embedder, "activation_vocab", "activation_embed")
+        table = bring_table(self.token_embedder, self.config.dtype)
         x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)
         if self.config.scaled_embeddings:
             x = x * jnp.asarray(self.config.model_dim**0.5, x.dtype)  # rounded, as Gemma's is
@@ -300,7 +301,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits over the whole vocabulary, in float32."""
-        logits = self._logits("...d,vd->...v", hidden, self._output_table())
+        table = bring_table(self._output_table(), self.config.dtype)
+        logits = self._logits("...d,vd->...v", hidden, table)
         return constrain(logits, "activation_batch", None, "activation_vocab")
 
     def token_logits(

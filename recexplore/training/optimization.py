@@ -9,6 +9,7 @@ import optax
 from recexplore.errors import InputError
 
 _OPTIMIZERS = ("adamw", "adafactor")
+_OFFSETS = {"scale", "thresholds"}  # beside biases: parameters that have no matrix to keep small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +22,10 @@ class Optimization:
       optimizer: "adamw"; or "adafactor" (Shazeer & Stern 2018), which keeps sums over rows and
         columns instead of two numbers for every parameter.
       warmup_share: part of the steps in which the learning rate rises from 0.
-      weight_decay: on matrices; norms and biases have none.
+      weight_decay: on matrices; norms, biases and an ordinal head's thresholds have none.
       clip_norm: gradients are scaled down to this global norm.
-      average_decay: of the moving average of the parameters, which is evaluated and used; with 0 it
-        is the parameters themselves.
+      average_decay: of the moving average of the parameters, which is evaluated and used, and kept
+        in float32, whatever they are; with 0 it is the parameters themselves.
       microbatches: a step's batch is read in so many parts, one after the other, and their
         gradients are added up; for batches that don't fit into memory.
     """
@@ -89,10 +90,10 @@ def _is_count(value: Any) -> bool:
 
 
 def _decays(params: Any) -> Any:
-    """Which parameters weight decay acts on: all but norms' scales and biases."""
+    """Which parameters weight decay acts on: all but norms' scales, biases and thresholds."""
 
     def decays(path: tuple, _: Any) -> bool:
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-        return not any(name == "scale" or name.endswith("bias") for name in names)
+        return not any(name in _OFFSETS or name.endswith("bias") for name in names)
 
     return jax.tree_util.tree_map_with_path(decays, params)

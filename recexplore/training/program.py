@@ -150,7 +150,9 @@ class Program:
         return self._state_of(key, trained), frozen
 
     def _state_of(self, key: Key[Array, ""], params: Any) -> State:
-        average = jax.tree.map(jnp.copy, params) if self.optimization.average_decay else None
+        average = None
+        if self.optimization.average_decay:  # in float32: bfloat16 would round its small steps away
+            average = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
         optimizer = self.optimization.transformation().init(params)
         return State(jnp.int32(0), jax.random.key_data(key), params, average, optimizer)
 

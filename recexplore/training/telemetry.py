@@ -92,11 +92,14 @@ class Meter:
         self._waited += waited
 
     def read(self) -> dict[str, float]:
-        """The figures, once the last step counted is done; starts over."""
+        """The figures, once the last step counted is done; starts over. None of no steps."""
+        if not self._steps:
+            self.restart()
+            return {}
         seconds = max(time.perf_counter() - self._began, 1e-9)
         rate = self._flops_per_step * self._steps / seconds
         figures = {
-            "seconds_per_step": seconds / max(self._steps, 1),
+            "seconds_per_step": seconds / self._steps,
             "tokens_per_second": self._tokens * self._processes / seconds,
             "model_flops_utilization": rate / self._peak_flops,
             "padding_fraction": 1 - self._tokens / max(self._slots, 1),

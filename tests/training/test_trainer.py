@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,23 +212,6 @@ def test_without_an_average_the_parameters_themselves_are_used(tmp_path):
 def test_impossible_settings_are_named_before_training(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         run(tmp_path, **options)
-
-
-def test_a_batch_must_divide_by_the_mesh():
-    with pytest.raises(InputError, match="batch_size is 12; it must be a positive multiple of 8"):
-        partitioning.check_batch_size(12, partitioning.make_mesh())
-
-
-def test_rules_put_logical_axes_on_the_mesh():
-    model, mesh = Transformer(CONFIG), partitioning.make_mesh(data=2, fsdp=2, tensor=2)
-    abstract = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
-    )
-    found = partitioning.shardings_of(abstract, mesh, partitioning.DEFAULT_RULES)["params"]
-    assert found["token_embedder"].spec == jax.P("tensor", "fsdp")
-    assert found["layers"]["mlp"]["wo"].spec == jax.P(None, "tensor", "fsdp")
-    shapes = nn.unbox(abstract)["params"]["token_embedder"].shape
-    assert found["token_embedder"].shard_shape(shapes) == (4, 8)
 
 
 def test_the_best_checkpoint_is_the_one_with_least_of_what_it_is_chosen_by(tmp_path):
