@@ -194,7 +194,9 @@ def _describe(work: WorkDirectory, stage: Stage) -> str:
 
 
 def _fail(message: str, status: int = _EXIT_BAD_INPUT) -> int:
-    paragraph = textwrap.fill(f"recexplore: {message}", 100, break_long_words=False)
+    paragraph = textwrap.fill(
+        f"recexplore: {message}", 100, break_long_words=False, break_on_hyphens=False
+    )
     print(paragraph, file=sys.stderr)
     return status
 

@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         vocabulary = Vocabulary(flags.workdir / pipeline.VOCABULARY)
         files = export_model(trained, vocabulary, flags.to, flags.dtype)
     except InputError as error:
-        print(textwrap.fill(f"export_huggingface: {error}", 100), file=sys.stderr)
+        said = f"export_huggingface: {error}"
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        print(textwrap.fill(said, 100, **whole), file=sys.stderr)
         return 2
     print(f"{flags.to}: {', '.join(files)}")
     return 0

@@ -96,6 +96,19 @@ def test_any_network_can_be_compiled_ahead(name, more):
         assert "recexplore.models.transformer.TransformerConfig.vocab_size" in bound
 
 
+@pytest.mark.parametrize("model", ["novelty", "alignment"])
+def test_adapters_learn_faster_than_whole_pretrained_models(model):
+    files = ["runs/log.gin", "data/simulated.gin", "models/gemma2_2b.gin", "models/pretrained.gin"]
+    rates = []
+    for more in ([], ["models/lora.gin"]):
+        run = Configuration([*files, *more], ["PRETRAINED = '/models/gemma'"])
+        run.check_all_used([(stage.selector, stage.model) for stage in pipeline.stages(run)])
+        bound = run.reachable_from("recexplore.pipeline.train", model)
+        name = "recexplore.training.optimization.Optimization.learning_rate"
+        rates.append(float(bound.get(f"{model}/{name}", bound[name])))
+    assert 1e-6 < rates[0] < rates[1] < 1e-3
+
+
 @pytest.mark.parametrize("name", ["parquet", "movielens_tfds"])
 def test_data_files_go_with_any_run(name):
     values = ["INTERACTIONS = 'a'", "ITEMS = 'b'"] if name == "parquet" else []

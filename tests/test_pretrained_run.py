@@ -10,6 +10,7 @@ import pytest
 import small_pretrained
 
 from recexplore import artifacts, cli, pipeline
+from recexplore.errors import InputError
 from recexplore.models import pretrained, saved
 from recexplore.tasks.vocabulary import Vocabulary
 from recexplore.training.telemetry import Curves
@@ -240,7 +241,7 @@ def test_a_missing_file_of_tensors_is_named(another, capsys):
 
 
 def test_a_folder_that_was_moved_is_missed_when_it_is_asked_for(another, adapted, capsys):
-    run = adapted.copy("moved", "exploration", "explore.json", "evaluat*", "metrics*")
+    run = adapted.copy("moved", "exploration", "explore.json", "evaluat*", "metrics.json")
     here = run.base
     there = here.with_name("elsewhere")
     here.rename(there)
@@ -248,7 +249,7 @@ def test_a_folder_that_was_moved_is_missed_when_it_is_asked_for(another, adapted
         assert run("explore") == 2
         said = " ".join(capsys.readouterr().err.split())
         assert f"{here}/config.json and 3 more files are gone. If you moved them" in said
-        with pytest.raises(Exception, match=f"adapters for .* in {here}, which isn't there any"):
+        with pytest.raises(InputError, match=f"adapters for .* in {here}, which isn't there any"):
             pipeline._load_explorer(run.work, ("novelty",), 8)
     finally:
         there.rename(here)

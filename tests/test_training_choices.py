@@ -32,36 +32,30 @@ trainer.train.evaluate_every = 20
 alignment/trainer.train.evaluate_every = 10
 alignment/transformer.TransformerConfig.model_dim = 64
 """
-PAIRS = """
-include '{base}'
-from recexplore.tasks import examples
-from recexplore.training import objectives
-pipeline.tokenize.make_alignment_examples = @examples.pairwise_examples
-alignment/pipeline.train.objective = @objectives.bradley_terry_loss
-"""
-ORDINAL = """
-include '{base}'
-from recexplore.models import reward_model
-from recexplore.training import objectives
-reward_model.RewardModel.head = 'ordinal'
-alignment/pipeline.train.objective = @objectives.ordinal_loss
-"""
-HEADER = "from __gin__ import dynamic_registration\n"
+PAIRS = (
+    "--gin.pipeline.tokenize.make_alignment_examples=@examples.pairwise_examples",
+    "--gin.alignment/pipeline.train.objective=@objectives.bradley_terry_loss",
+)
+ORDINAL = (
+    "--gin.reward_model.RewardModel.head='ordinal'",
+    "--gin.alignment/pipeline.train.objective=@objectives.ordinal_loss",
+)
+PACKED = ("--gin.pipeline.train.pack=True", "--gin.pipeline.train.max_length=24")
 
 
 class Run:
-    """A work directory and its gin file."""
+    """A work directory, its gin file and more gin lines."""
 
-    def __init__(self, folder, name, text):
-        self.work, self.file = folder / name, folder / f"{name}.gin"
-        self.file.write_text(HEADER + text.format(base=folder / "first.gin"))
+    def __init__(self, work, lines=()):
+        self.work, self.lines = work, lines
 
     def __call__(self, stage, *flags):
-        return cli.main([stage, "--workdir", str(self.work), f"--gin_file={self.file}", *flags])
+        file = f"--gin_file={self.work.parent / 'run.gin'}"
+        return cli.main([stage, "--workdir", str(self.work), file, *self.lines, *flags])
 
-    def like(self, name, text, *without):
+    def like(self, name, lines, *without):
         """Another, which has this one's artefacts but for some."""
-        other = Run(self.work.parent, name, text)
+        other = Run(self.work.with_name(name), lines)
         shutil.copytree(self.work, other.work, ignore=shutil.ignore_patterns(*without))
         return other
 
@@ -76,7 +70,8 @@ class Run:
 def first(tmp_path_factory):
     """Examples for a run with a vocabulary of its own, one in each row."""
     folder = tmp_path_factory.mktemp("choices")
-    run = Run(folder, "first", RUN)
+    (folder / "run.gin").write_text(RUN)
+    run = Run(folder / "first")
     stages = ("ingest", "cluster", "aggregate", "tokenize")
     assert [run(stage) for stage in stages] == [0] * 4
     return run
@@ -84,36 +79,35 @@ def first(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unpacked(first):
-    run = first.like("unpacked", RUN)
+    run = first.like("unpacked", ())
     assert run("train") == 0
     return run
 
 
 def test_packed_rows_train_as_well(first, unpacked):
-    """Rows of sixteen tokens hold several of these examples; a step then sees more of them."""
-    packed = first.like("packed", RUN)
-    assert packed("train", "--gin.pipeline.train.pack=True", "--gin.pipeline.train.max_length=24") == 0
+    """Rows of 24 tokens hold several of these examples; a step then sees more of them."""
+    packed = first.like("packed", PACKED)
+    assert packed("train") == 0
     for model in ("novelty", "alignment"):
         one, other = (run.curve(model, "validation_loss") for run in (unpacked, packed))
         assert other[-1] == pytest.approx(one[-1], rel=0.1)
     assert unpacked.curve("novelty", "validation_loss")[-1] > 0
 
 
-def test_two_lines_make_the_alignment_model_learn_from_pairs(first, unpacked):
+def test_two_lines_make_the_alignment_model_learn_from_pairs(first):
     run = first.like("pairs", PAIRS, "examples", "vocabulary", "tokenize.json")
     assert run("tokenize") == 0
     assert ExampleFiles(run.work / "examples" / "alignment", "train").pairs
-    assert run("train") == 0
+    assert run("train", "--model", "alignment") == 0
     choices = run.curve("alignment", "validation_choice")  # the share of misordered pairs
     assert len(choices) == 2 and all(0 <= share <= 1 for share in choices)
     accuracy = run.curve("alignment", "validation_accuracy")
     assert accuracy == pytest.approx([1 - share for share in choices], abs=1e-6)
-    assert run("explore") == 0
 
 
-def test_an_ordinal_head_is_trained_and_asked(first, unpacked):
-    run = unpacked.like("ordinal", ORDINAL, "alignment", "train_alignment.json")
-    assert run("train", "--model", "alignment") == 0
+def test_an_ordinal_head_is_trained_and_asked(unpacked):
+    run = unpacked.like("ordinal", ORDINAL)
+    assert run("train", "--model", "alignment", "--overwrite") == 0
     network = saved.rebuild(artifacts.read_json(run.work / "models/alignment/network.json"))
     assert network.head == "ordinal"
     assert run("explore") == 0
@@ -123,5 +117,7 @@ def test_an_objective_that_the_head_cannot_have_is_refused(first, capsys):
     run = first.like("wrong_head", ORDINAL)
     assert run("train", "--model", "alignment", "--gin.reward_model.RewardModel.head='bins'") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "ordinal_loss needs a RewardModel with the head ordinal; this RewardModel has the" in said
+    assert (
+        "ordinal_loss needs a RewardModel with the head ordinal; this RewardModel has the" in said
+    )
     assert not [*run.work.glob("models/*/checkpoints/[0-9]*")]
