@@ -89,7 +89,7 @@ def train_step(
     metrics = {
         "loss": sums.loss / weight,
         "accuracy": sums.correct / weight,
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
     return State(state.step + 1, state.key, params, average, optimizer_state), metrics
