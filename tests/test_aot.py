@@ -44,22 +44,6 @@ def lowered(program, *overrides, devices=None):
     return ahead
 
 
-def argument_bytes(ahead):
-    """What one device is given of all arguments, by shapes and shardings."""
-    return sum(
-        leaf.dtype.itemsize
-        * _size(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)
-        for leaf in jax.tree.leaves(ahead.lowered.args_info)
-    )
-
-
-def _size(shape):
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
-
-
 @pytest.mark.parametrize("lora", [[], LORA], ids=["whole", "lora"])
 def test_a_training_step_compiles_and_says_what_it_trains(lora):
     ahead = lowered("train", *lora)
@@ -82,9 +66,8 @@ def test_the_pair_compiles_and_shares_what_is_frozen():
     assert plain.sizes["shared"] == 0
     assert shared.sizes["parameters"] == TRANSFORMER + 2 * ADAPTERS + HEAD
     assert shared.sizes["shared"] == TRANSFORMER
-    memories = [memory_of(ahead.lowered.compile()).arguments for ahead in (plain, shared)]
-    # In bfloat16, on each of eight devices: one transformer less, but for adapters in float32.
-    assert memories[0] - memories[1] == 2 * TRANSFORMER - 4 * 2 * ADAPTERS
+    given = memory_of(shared.lowered.compile()).arguments
+    assert 2 * TRANSFORMER < given < 2 * 2 * TRANSFORMER  # in bfloat16, on each device: one of them
 
 
 def test_overrides_change_what_is_compiled():
@@ -112,7 +95,7 @@ def test_overrides_change_what_is_compiled():
         ),
         ("train", f"{CONFIG}.num_heads = 3", "num_kv_heads is 2; it must divide num_heads"),
         ("train", f"{CONFIG}.model_dim = 33", "of shape .*33.* can't be dealt out"),
-        ("explore", "selection.BestOfN.sampler = 'beam'", "sampler is 'beam'"),
+        ("explore", "explore/selection.BestOfN.sampler = 'beam'", "sampler is 'beam'"),
     ],
 )
 def test_what_cannot_be_compiled_is_named(program, override, message):
@@ -148,12 +131,9 @@ def test_the_script_compiles_for_a_tpu_that_is_not_there():
     assert ended.returncode == 0, ended.stderr
     told = [part for part in ended.stdout.split("\n\n") if part.strip()]
     assert len(told) == 2
-    for part, name in zip(told, ("training step", "best-of-n step"), strict=True):
-        assert (
-            f"{name} on 8 TPU v5 lite (data 1 × fsdp 8 × tensor 1)" in part
-            or name != "training step"
-        )
-        assert name in part
+    programs = (("training step", "data 1 × fsdp 8"), ("best-of-n step", "data 8 × fsdp 1"))
+    for part, (name, mesh) in zip(told, programs, strict=True):
+        assert f"{name} on 8 TPU v5 lite ({mesh} × tensor 1): " in part
         peak = re.search(r"peak a chip +([\d.]+) GiB of 16$", part, re.MULTILINE)
         assert peak and float(peak[1]) < 1
         assert re.search(r"compiler's estimate +[\d.]+ ms", part)
