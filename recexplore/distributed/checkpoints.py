@@ -5,8 +5,10 @@ processes write their own shards. Kept are the latest, to go on from, and the be
 split, to use.
 """
 
+import contextlib
 import errno
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +176,23 @@ def load_best(folder: Path, abstract: Any) -> Any:
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise InputError(f"{folder} holds no checkpoint. Run `recexplore train` first.")
+    with _quiet():
+        return _load_best(folder, abstract)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warnings that what is only to be read can't be written."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _load_best(folder: Path, abstract: Any) -> Any:
     reading = ocp.CheckpointManagerOptions(read_only=True, best_fn=_value)
     with ocp.CheckpointManager(folder, options=reading) as manager:
         step, _ = _best(manager)
