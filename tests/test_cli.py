@@ -1,5 +1,6 @@
 """The command as a person meets it."""
 
+import fcntl
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from recexplore import cli
+from recexplore.distributed import processes
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -183,6 +185,10 @@ def test_two_processes_train_as_one_command(tmp_path):
     flags = ("--workdir", str(tmp_path / "W"), "--gin_file", str(tmp_path / "tiny.gin"))
     for stage in ("ingest", "cluster", "aggregate", "tokenize"):
         assert cli.main([stage, *flags]) == 0
+    with open(tmp_path / "W" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for process in together("train", *flags):  # the first one alone can see that
+            assert process.returncode == 2 and "is in use" in " ".join(process.stderr.split())
     first, second = together("train", *flags)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "train alignment: done" in first.stderr and "done" not in second.stderr
@@ -212,3 +218,12 @@ def together(*arguments):
         subprocess.CompletedProcess(process.args, process.returncode, *outputs)
         for process, outputs in zip(running, ended, strict=True)
     ]
+
+
+def test_a_command_that_was_told_to_stop_begins_no_further_stage(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "stop_wanted", lambda: True)
+    (tmp_path / "tiny.gin").write_text(TINY)
+    flags = ("--workdir", str(tmp_path / "W"), "--gin_file", str(tmp_path / "tiny.gin"))
+    assert cli.main(["ingest", *flags]) == 143
+    assert "Run the same command again" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "W" / "interactions").exists()

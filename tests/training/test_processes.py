@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,32 @@ def test_two_processes_train_as_one_and_their_checkpoints_fit_any_number(tmp_pat
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == 33
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_damage_that_one_process_sees_is_left_out_by_both(tmp_path):
+    codes, output = ended(start(tmp_path, 2, 2))
+    assert codes == [0, 0], output
+    for file in (tmp_path / "checkpoints" / "30" / "state" / "ocdbt.process_1" / "d").iterdir():
+        file.write_bytes(b"")
+    codes, output = ended(start(tmp_path, 2, 2, steps=32))
+    assert codes == [0, 0], output
+    assert "30 is damaged and left out" in output and "another process can't read it" in output
+    assert output.count("step 20\n") == 2 and "step 19\n" not in output
+
+
+def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(tmp_path):
+    codes, output = ended(start(tmp_path / "whole", 1, 2))
+    assert codes == [0], output
+    for _ in range(2):
+        (running,) = start(tmp_path / "killed", 1, 2)
+        while running.poll() is None and not [*tmp_path.glob("killed/checkpoints/*tmp*")]:
+            time.sleep(0.001)
+        running.kill()
+        ended([running])
+    codes, output = ended(start(tmp_path / "killed", 1, 2))
+    assert codes == [0], output
+    names = ("loss", "accuracy", "gradient_norm", "validation_loss")
+    assert curve(tmp_path / "killed", names) == curve(tmp_path / "whole", names)
 
 
 def test_sigterm_to_one_of_two_stops_both_and_one_goes_on_alone(tmp_path):

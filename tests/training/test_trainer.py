@@ -12,6 +12,7 @@ import pytest
 from copying_task import CONFIG, TRIE, Copying, curve, run, some_batch
 
 from recexplore.distributed import partitioning
+from recexplore.distributed.checkpoints import Checkpoints
 from recexplore.errors import InputError, Preempted
 from recexplore.models import saved
 from recexplore.models.transformer import Transformer
@@ -72,6 +73,23 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(tmp_path):
     assert steps[0] == 34
     assert resumed == whole
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
+def test_a_second_sigterm_does_not_cut_short_what_the_first_one_saves(tmp_path, monkeypatch):
+    def terminate(now):
+        if now == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    close = Checkpoints.close
+
+    def close_when_told_again(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(Checkpoints, "close", close_when_told_again)
+    with pytest.raises(Preempted):
+        run(tmp_path, data=Copying(before=terminate))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
 
 
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(tmp_path, caplog):

@@ -24,7 +24,7 @@ if __name__ == "__main__":
             data=Copying(before=say),
             evaluate_every=10,
             log_every=1,
-            make_mesh=lambda: partitioning.make_mesh(data=2, fsdp=2),
+            make_mesh=lambda: partitioning.make_mesh(data=1, fsdp=-1),
         )
     except Preempted as preempted:
         print(preempted, flush=True)
