@@ -17,7 +17,6 @@ ROOMS = {
     "distributed": {"errors"},
     "models": {"errors", "distributed"},
     "explorer": {"errors", "artifacts", "tasks", "models", "inference"},
-    "aot": {"errors", "distributed", "models", "training", "inference"},
     "export": {"errors", "artifacts", "tasks", "models", "explorer"},
     "training": {"errors", "distributed", "models"},
     "inference": {"errors", "models"},

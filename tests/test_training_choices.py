@@ -92,7 +92,9 @@ def unpacked(first):
 def test_packed_rows_train_as_well(first, unpacked):
     """Rows of sixteen tokens hold several of these examples; a step then sees more of them."""
     packed = first.like("packed", RUN)
-    assert packed("train", "--gin.pipeline.train.pack=True", "--gin.pipeline.train.max_length=24") == 0
+    assert (
+        packed("train", "--gin.pipeline.train.pack=True", "--gin.pipeline.train.max_length=24") == 0
+    )
     for model in ("novelty", "alignment"):
         one, other = (run.curve(model, "validation_loss") for run in (unpacked, packed))
         assert other[-1] == pytest.approx(one[-1], rel=0.1)
@@ -123,5 +125,7 @@ def test_an_objective_that_the_head_cannot_have_is_refused(first, capsys):
     run = first.like("wrong_head", ORDINAL)
     assert run("train", "--model", "alignment", "--gin.reward_model.RewardModel.head='bins'") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "ordinal_loss needs a RewardModel with the head ordinal; this RewardModel has the" in said
+    assert (
+        "ordinal_loss needs a RewardModel with the head ordinal; this RewardModel has the" in said
+    )
     assert not [*run.work.glob("models/*/checkpoints/[0-9]*")]
