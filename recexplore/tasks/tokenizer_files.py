@@ -49,6 +49,10 @@ class SentencePieces:
     Args:
       path: of the model.
 
+    Attributes:
+      size: ids are below it.
+      text_size: ids that a text can have are below it.
+
     Raises:
       InputError: it is damaged.
     """
@@ -59,7 +63,7 @@ class SentencePieces:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=os.fspath(path))
         except (RuntimeError, OSError) as error:
             raise InputError(f"{path} is not a SentencePiece model. {_remedy(path)}") from error
-        self.size = self._processor.vocab_size()
+        self.size = self.text_size = self._processor.vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text and nothing around it."""
@@ -101,6 +105,11 @@ class JsonPieces:
     Args:
       path: of the file.
 
+    Attributes:
+      size: ids are below it.
+      text_size: ids that a text can have are below it. Special tokens may lie beyond, without a row
+        in the model's embedding (Gemma 3's <image_soft_token>).
+
     Raises:
       InputError: it is damaged.
     """
@@ -120,7 +129,11 @@ class JsonPieces:
         self._tokenizer.encode_special_tokens = True
         self._shows = functools.cache(lambda letter: self.decode(self.encode(letter)).strip())
         # Ids may have gaps, so their number says too little.
-        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        ids = set(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.size = 1 + max(ids, default=-1)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} - {self._unknown}
+        self.text_size = 1 + max(ids - special, default=-1)
 
     def __reduce__(self):
         return JsonPieces, (self.path,)  # the library's own copies forget a setting

@@ -155,8 +155,9 @@ def check_embedding(vocabulary: "Vocabulary", num_rows: int, model: Path | str) 
     """
     if vocabulary.is_own and num_rows != vocabulary.embedding_rows:
         raise InputError(
-            f"{model} holds a model for a vocabulary of {num_rows} pieces, but {vocabulary.path} "
-            f"has {vocabulary.size}. Train the model again."
+            f"{model} has a token embedding of {num_rows} rows, but a model for {vocabulary.path} "
+            f"has {vocabulary.embedding_rows}: its {vocabulary.size} pieces, rounded up to a "
+            f"multiple of {_ROWS_MULTIPLE}. Train the model again."
         )
     if num_rows < vocabulary.size:
         raise InputError(
@@ -198,8 +199,9 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """V: token ids are below it."""
-        return self._pieces.size
+        """V: what can occur, in a text or around it, is below it."""
+        around = (*self.begin, self.eos_id, -1 if self.pad_id is None else self.pad_id)
+        return max(self._pieces.text_size, 1 + max(around))
 
     @property
     def embedding_rows(self) -> int:

@@ -56,7 +56,9 @@ def choices_along(
     Args:
       trie: all descriptions.
       seen: the clusters that can't follow. The target itself can, whatever `seen` says of it.
-      targets: the tokens of a description, EOS included; what stands after it means nothing.
+      targets: the tokens of a description, EOS included; what stands after it means nothing. An
+        absent example of a packed row has any tokens: from the first that leads nowhere on there
+        is no choice for it.
     """
     allowed = jnp.cumsum(jnp.take(~seen, trie.leaf_order, axis=1), axis=1, dtype=jnp.int32)
     allowed = jnp.pad(allowed, ((0, 0), (1, 0)))  # how many there are before each rank
@@ -66,9 +68,13 @@ def choices_along(
         return jnp.take_along_axis(allowed, last, 1) - jnp.take_along_axis(allowed, first, 1)
 
     nodes = jnp.full((targets.shape[0],), ROOT, jnp.int32)
+    on_path = jnp.ones((targets.shape[0],), bool)
     found = []
     for depth, level in enumerate(trie.levels):
         children, real = children_of(trie, level, nodes)
+        # Off its path a node is of another level, and so are its children's symbols.
+        real &= on_path[:, None]
+        children = jnp.where(real, children, ROOT)
         tokens = jnp.take(trie.tokens, children)
         is_target = real & (tokens == targets[:, depth, None])
         counts = jnp.where(real, count_below(children), 0)
@@ -77,8 +83,10 @@ def choices_along(
         symbols = jnp.take(trie.symbols, children)
         found.append(Choice(tokens, symbols, counts > 0, real & (counts == 0), is_target, share))
         # From a node without children nothing is found, and the description stays there.
+        certain = ~jnp.any(real, axis=1)
         below = jnp.max(jnp.where(is_target, children, ROOT), axis=1)
-        nodes = jnp.where(jnp.any(real, axis=1), below, nodes)
+        nodes = jnp.where(certain, nodes, below)
+        on_path &= certain | jnp.any(is_target, axis=1)
     return found
 
 

@@ -101,7 +101,7 @@ def packed_batch_of(rows, num_clusters, width=24, room=4):
         "segment_ids": np.zeros((len(rows), width), np.int32),
         "positions": np.zeros((len(rows), width), np.int32),
         "starts": np.zeros(shape, np.int32),
-        "prompt_lengths": np.zeros(shape, np.int32),
+        "prompt_lengths": np.ones(shape, np.int32),
         "lengths": np.zeros(shape, np.int32),
         "seen": np.zeros((*shape, num_clusters), bool),
         "label": np.zeros(shape, np.float32),

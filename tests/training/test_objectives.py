@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slow_description_loss import slow_description_loss
-from small_models import batch_of, bigram, random_examples, reward_model
+from small_models import (
+    batch_of,
+    bigram,
+    language_model,
+    packed_batch_of,
+    random_examples,
+    reward_model,
+)
 
 from recexplore.errors import InputError
 from recexplore.models.trie import build_trie
@@ -153,6 +160,32 @@ def test_what_has_no_weight_or_no_cluster_unseen_leaves_everything_finite(name):
     assert 0 <= float(found) < 30
     if name == "constrained":  # nothing else could follow
         assert float(found) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_absent_example_of_a_packed_row_changes_nothing(name):
+    """Its "description" are the row's first tokens, among which a cluster is named further down:
+    after a mismatch, deeper than any description begins."""
+    sequences = [
+        *([2, 3, 4, end, EOS] for end in (5, 6)),
+        [2, 9, EOS],
+        *([10, end, EOS] for end in range(3, 9)),
+    ]
+    trie = jax.tree.map(jnp.asarray, build_trie(sequences, EOS, 14))
+    assert trie.symbols[trie.first_child[1] + 1] >= len(trie.levels[3].alphabet)
+    named = {"prompt": [11, 12, 13, 2, 9, 12], "description": sequences[2], "seen": (7,)}
+    model, params = language_model(vocab_size=14)
+
+    def gradient(room):
+        row = [{**named, "weight": 1.0, "label": 0.0}]
+        batch = packed_batch_of([row], len(sequences), room=room)
+        return jax.jit(jax.grad(lambda p: OBJECTIVES[name](model, p, trie, batch).loss))(params)
+
+    found, expected = gradient(room=2), gradient(room=1)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
 
 
 def test_a_single_cluster_is_certain():

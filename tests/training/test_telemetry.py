@@ -37,7 +37,7 @@ def batch(lengths, width, **more):
 
 
 def test_speed_is_what_was_counted_over_the_time_it_took(clock):
-    meter = Meter(flops_per_step=600, peak_flops=1000.0, times=2)
+    meter = Meter(flops_per_step=600, peak_flops=1000.0, times=2.0)
     clock.now += 1.0
     meter.count(batch([3, 5], 8), waited=0.25)
     clock.now += 3.0
