@@ -212,10 +212,12 @@ def _make_meter(program: Program, batch: Batch, batch_size: int, trie: Trie) -> 
 
 def _validate(program: Program, state: State, frozen, batches, trie: Trie) -> dict[str, float]:
     """The measures over the whole validation split."""
-    batches, found = list(batches), {}
-    for name, evaluate in program.evaluations.items():
-        parts = [evaluate(state.used, frozen, batch, trie) for batch in batches]
-        columns = zip(*jax.device_get(parts), strict=True)
+    parts, found = collections.defaultdict(list), {}
+    for batch in batches:  # each is on the devices once, and not with all the others
+        for name, evaluate in program.evaluations.items():
+            parts[name].append(evaluate(state.used, frozen, batch, trie))
+    for name in program.evaluations:
+        columns = zip(*jax.device_get(parts[name]), strict=True)
         total, weight, correct = (np.sum(column, dtype=np.float64) for column in columns)
         if name == "loss":
             found["validation_accuracy"] = float(correct / max(weight, 1e-9))
