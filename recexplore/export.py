@@ -72,10 +72,15 @@ def export_model(
         beside[REWARD_HEAD] = _reward_head(network, variables)
         params = params["transformer"]
     made_for = vocabulary.path.parent
-    if (made_for / CONFIG_FILE).is_file():  # a pretrained model reads more than prompts have
-        config = dataclasses.replace(config, max_length=longest_context(made_for))
+    # A pretrained model reads more than prompts have.
+    of_base = longest_context(made_for) if (made_for / CONFIG_FILE).is_file() else None
     pretrained.save(
-        folder, {"params": params}, config, beside=beside, token_ids=token_ids(vocabulary)
+        folder,
+        {"params": params},
+        config,
+        beside=beside,
+        token_ids=token_ids(vocabulary),
+        context_length=of_base,
     )
     return sorted(path.name for path in Path(folder).iterdir())
 

@@ -85,9 +85,9 @@ def measure(folder: Path, max_length: int, wanted: str) -> str:
     """Imports, and reads the highest resident memory that this process ever had."""
     import jax
 
-    from recexplore.models import pretrained
+    from recexplore.models import config_file, pretrained
 
-    config = pretrained.read_config(folder, max_length, param_dtype=wanted)
+    config = config_file.read_config(folder, max_length, param_dtype=wanted)
     jax.block_until_ready(jax.device_put(0.0))
     before = resident("VmRSS")
     start = time.perf_counter()

@@ -21,7 +21,7 @@ from recexplore import artifacts, export
 from recexplore.distributed.checkpoints import Checkpoints
 from recexplore.errors import InputError
 from recexplore.explorer import NETWORK, load_model
-from recexplore.models import pretrained, saved
+from recexplore.models import config_file, pretrained, saved
 from recexplore.models.lora import merge, split
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import Transformer, TransformerConfig
@@ -211,7 +211,7 @@ def test_small_adapters_survive_in_float32(from_family):
     merged = dataclasses.replace(merged, param_dtype="float32")
     read = pretrained.load(exported(work, "small", dtype="float32"), merged)
     jax.tree.map(np.testing.assert_array_equal, read["params"], wanted["params"])
-    assert pretrained.read_config(work / "exported" / "small", 8).param_dtype == "float32"
+    assert config_file.read_config(work / "exported" / "small", 8).param_dtype == "float32"
 
 
 def script():

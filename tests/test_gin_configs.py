@@ -82,14 +82,17 @@ def test_adapters_go_with_any_published_network(name):
 @pytest.mark.parametrize("name", [*SIZES, *PUBLISHED])
 @pytest.mark.parametrize("more", [[], ["models/lora.gin"]])
 def test_any_network_can_be_compiled_ahead(name, more):
-    """Every binding is used, but for those of the alignment model's own network."""
+    """Every binding is used, but for those of the alignment model's own network and training."""
     configuration = Configuration(["ahead.gin", name, *more])
-    of_alignment = "recexplore.models.transformer.TransformerConfig"
+    of_alignment = [
+        ("recexplore.models.transformer.TransformerConfig", "alignment"),
+        ("recexplore.training.optimization.Optimization", "alignment"),
+    ]
     programs = [
         ("recexplore.aot.training_step", "train"),
         ("recexplore.aot.explore_pair", "explore"),
     ]
-    configuration.check_all_used([*programs, (of_alignment, "alignment")])
+    configuration.check_all_used([*programs, *of_alignment])
     for selector, scope in programs:
         configuration.check_required(selector, scope)
         bound = configuration.reachable_from(selector, scope)

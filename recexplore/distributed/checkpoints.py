@@ -102,22 +102,28 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            items = self._restore(step, abstract)
-            if processes.all_agree(items is not None):
-                return Restored(step, items["state"], items["position"])
-            if items is not None:
+            restored = self._restore(step, abstract)
+            if processes.all_agree(restored is not None):
+                return restored
+            if restored is not None:
                 _log.warning("Checkpoint %s/%d: another process can't read it.", self._folder, step)
         if steps:
             _log.warning("No checkpoint in %s can be read: training begins anew.", self._folder)
         return None
 
-    def _restore(self, step: int, abstract: Any) -> Any:
-        """A checkpoint, or None if it is damaged."""
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
-        )
+    def _restore(self, step: int, abstract: Any) -> Restored | None:
+        """A checkpoint, or None if it is damaged.
+
+        Read with Orbax's handlers, not its manager, in which a process that can read everything
+        would wait for one that can't.
+        """
+        folder = self._folder / str(step)
         try:
-            return self._manager.restore(step, args=arguments)
+            state = ocp.StandardCheckpointHandler().restore(
+                folder / "state", args=ocp.args.StandardRestore(abstract)
+            )
+            position = ocp.JsonCheckpointHandler().restore(folder / "position")
+            return Restored(step, state, position)
         except Exception as error:  # TensorStore has kinds of its own
             if _is_the_machine(error):
                 raise

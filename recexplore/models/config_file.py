@@ -102,8 +102,9 @@ def read_config(folder: Path | str, max_length: int, **settings: Any) -> Transfo
     for name in settings:
         if name not in known - {*fields, "max_length"}:
             raise InputError(
-                f"pretrained.read_config got {name}; settings are fields of TransformerConfig that "
-                f"{said.path} doesn't decide: {', '.join(sorted(known - {*fields, 'max_length'}))}."
+                f"config_file.read_config got {name}; settings are fields of TransformerConfig "
+                f"that {said.path} doesn't decide: "
+                f"{', '.join(sorted(known - {*fields, 'max_length'}))}."
             )
     _check_length(said, max_length)
     return TransformerConfig(**fields, max_length=max_length, **settings)

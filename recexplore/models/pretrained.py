@@ -30,7 +30,7 @@ from recexplore.models.checkpoint_files import (
     StoredTensor,
     stored_tensors,
 )
-from recexplore.models.config_file import CONFIG_FILE, check_config, read_config, read_file
+from recexplore.models.config_file import CONFIG_FILE, check_config, read_file
 from recexplore.models.families import config_json, family_of
 from recexplore.models.placing import BLOCK_BYTES, place
 from recexplore.models.tensor_names import (
@@ -43,9 +43,9 @@ from recexplore.models.tensor_names import (
 )
 from recexplore.models.transformer import TransformerConfig
 
-__all__ = ["check_config", "family_of", "load", "read_config", "save"]
-
 _SHARD_BYTES = 2 * 10**9
+# transformers takes another model's ids where a config.json says nothing.
+_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -> dict[str, Any]:
@@ -96,6 +96,7 @@ def save(
     *,
     beside: Mapping[str, bytes] = MappingProxyType({}),
     token_ids: Mapping[str, int | None] = MappingProxyType({}),
+    context_length: int | None = None,
 ) -> None:
     """Writes a folder that transformers reads: config.json, safetensors files and their index.
 
@@ -106,20 +107,30 @@ def save(
       folder: made; an earlier export there is replaced.
       params: {"params": …} of `Transformer`; written in config.param_dtype.
       config: of the network; `family_of` must know it.
-      tokenizer_files: copied into the folder; generation_config.json may be among them, without
-        which transformers doesn't know where this model's answers end.
+      tokenizer_files: copied into the folder; generation_config.json may be among them.
       shard_bytes: of tensors in one file, if a single tensor isn't larger.
       beside: further files, name → content.
-      token_ids: what config.json says about tokens that aren't text, such as eos_token_id; where it
-        says nothing, transformers takes those of the family's first model.
+      token_ids: what config.json says about tokens that aren't text: bos_token_id, eos_token_id and
+        pad_token_id, each null unless it's given. Without an eos_token_id, here or in a
+        generation_config.json, transformers doesn't know where this model's answers end.
+      context_length: the tokens that it can read at most, for config.json; None:
+        config.max_length, which for a model that was trained here is the length of a training row.
 
     Raises:
-      InputError: as `family_of`; parameters of another network; a tokenizer's file is missing or
-        has the name of one that is written; the folder holds something else.
+      InputError: as `family_of`; parameters of another network; a context shorter than
+        config.max_length; a tokenizer's file is missing or has the name of one that is written; the
+        folder holds something else.
     """
     folder = Path(folder)
     table = tensor_names(family_of(config), config.tied_embeddings)
-    entries, dtype = {**config_json(config), **token_ids}, config.param_dtype
+    context_length = config.max_length if context_length is None else context_length
+    if context_length < config.max_length:
+        raise InputError(
+            f"The context length to export is {context_length}, but "
+            f"transformer.TransformerConfig.max_length is {config.max_length} already."
+        )
+    entries = {**config_json(config), **_NO_TOKENS, **token_ids}
+    entries["max_position_embeddings"], dtype = context_length, config.param_dtype
     flat = _checked_parameters(params, _abstract(table, config))
     _check_destination(folder, tokenizer_files)
     shards = _shards(table, config, shard_bytes)

@@ -29,12 +29,13 @@ class RewardModel(nn.Module):
     Attributes:
       config: sizes of the transformer.
       head: one of `HEADS`.
-      num_bins: labels that the heads bins and ordinal tell apart.
+      num_bins: labels that the heads bins and ordinal tell apart. (num_bins − 1) times
+        `collective.collective_feedback.rounding` should be 1, so that every label has its own bin.
     """
 
     config: TransformerConfig
     head: str = "scalar"
-    num_bins: int = 6
+    num_bins: int = 21
 
     def __post_init__(self):
         if self.head not in HEADS:

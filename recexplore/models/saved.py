@@ -48,11 +48,7 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
     try:
         network = _NETWORKS[description["network"]]
         settings = description.get("settings", {})  # older descriptions have none: all defaults
-        fields = {
-            name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-            for name, value in description["config"].items()
-        }
-        return network(TransformerConfig(**fields), **settings)
+        return network(TransformerConfig(**description["config"]), **settings)
     except (KeyError, TypeError) as error:
         raise InputError(
             f"The model's description doesn't fit this version of recexplore ({error}). Train it "

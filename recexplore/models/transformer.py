@@ -121,7 +121,7 @@ class TransformerConfig:
     scan_unroll: int = 1
 
     def __post_init__(self):
-        for field in ("attention_windows", "lora_targets"):  # gin and JSON have lists
+        for field in ("attention_windows", "lora_targets"):  # JSON has lists, gin may
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in _FROM_ONE:
             self._check(getattr(self, field) >= 1, field, "must be at least 1")

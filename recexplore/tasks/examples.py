@@ -106,7 +106,16 @@ def novelty_examples(
         many, drawn at random. What follows from a long history tells something about each cluster
         in it, also to a model that will be asked about short ones.
       seed: of the draw.
+
+    Raises:
+      InputError: `longer` names no more clusters than the first example.
     """
+    if longer is not None and longer <= history_length:
+        raise InputError(
+            f"examples.novelty_examples.longer is {longer}, but histories have {history_length} "
+            "clusters already: pipeline.tokenize.longer_histories must name more than "
+            "pipeline.tokenize.novelty_histories does."
+        )
     count = transitions.num_rows
     lengths = [np.full(count, history_length)]
     if longer is not None:

@@ -1,8 +1,8 @@
 """The order of training examples, and how they share rows: a pure function of seed and place.
 
 Nothing is shuffled in memory. Every epoch has a permutation of its own that is computed for single
-places, so any process finds the examples of any batch by itself, and a run goes on from two or
-three numbers, on however many processes.
+places, so any process finds the examples of any batch by itself, and a run goes on from a few
+numbers, on however many processes.
 """
 
 import dataclasses
@@ -25,17 +25,21 @@ def permuted(places: Int[np.ndarray, "P"], size: int, key: tuple[int, ...]) -> I
     Places are numbers of as many bits as `size` needs. In turn, each half of the bits is changed by
     a keyed hash of the other half (an unbalanced Feistel network): that can be undone, so it maps
     the numbers one to one. What falls on `size` or beyond is mapped again until it falls inside
-    (cycle walking, Black & Rogaway 2002, section 3.2): fewer than two rounds on average, and still
-    one to one. Time and memory depend on the number of places only.
+    (cycle walking, Black & Rogaway 2002, section 3.2), which is still one to one. On average over
+    all places that takes fewer than two rounds; as numbers have two bits at least, up to two for
+    N = 2 and up to four for N = 1. Time and memory depend on the number of places only.
 
     Args:
       places: 0..size−1, int64.
       size: N.
-      key: numbers that choose the permutation. A zero at the end makes no other key.
+      key: numbers that choose the permutation, of which the lowest 64 bits count. A zero at the end
+        makes no other key.
     """
     low_bits = max(int(size - 1).bit_length(), 2) // 2
     high_bits = max(int(size - 1).bit_length(), 2) - low_bits
-    entropy = [number % 2**64 for number in key]
+    # Two words each: SeedSequence would give large numbers more of them than small ones, so that
+    # different keys became the same words.
+    entropy = [number >> shift & 0xFFFFFFFF for number in key for shift in (0, 32)]
     keys = np.random.SeedSequence(entropy).generate_state(_ROUNDS, np.uint64)
     values = places.astype(np.uint64)
     outside = np.arange(len(places))
@@ -128,7 +132,8 @@ class PackedRows:
     An epoch's order is cut into windows, each about as many examples as fill `WINDOW_ROWS` rows,
     and the examples of a window are put into rows by `pack`. Rows are then mixed, as the first ones
     hold the longest examples. A place is {"epoch", "at", "row"}: the window begins with that
-    example of the epoch, and so many of its rows have been given out.
+    example of the epoch, and so many of its rows have been given out. With other rows it would mean
+    something else, so their "max_length" and "examples_per_row" stand in it too.
 
     Args:
       order: of the examples.
@@ -152,7 +157,8 @@ class PackedRows:
                 f"pipeline.train.examples_per_row is {examples_per_row}; it must be a whole number "
                 "from 1 on."
             )
-        self.start = {"epoch": 0, "at": 0, "row": 0}
+        self._settings = {"max_length": max_length, "examples_per_row": examples_per_row}
+        self.start = {"epoch": 0, "at": 0, "row": 0, **self._settings}
         self._order, self._lengths, self._repeat = order, lengths, repeat
         self._max_length, self._examples_per_row = max_length, examples_per_row
         self._latest = None, None
@@ -169,11 +175,13 @@ class PackedRows:
             if row == len(rows):
                 epoch, at = (epoch, stop) if stop < self._order.size else (epoch + 1, 0)
                 row = 0
-        return np.concatenate(parts), {"epoch": epoch, "at": at, "row": row}
+        return np.concatenate(parts), {"epoch": epoch, "at": at, "row": row, **self._settings}
 
     def check(self, place: Place) -> None:
         """Raises InputError where a place can't be one of this order."""
         _check_place(place, self.start, self._order.size)
+        if any(place[name] != value for name, value in self._settings.items()):
+            raise _strange(place)
         if place["row"] and place["row"] >= len(self._window(place["epoch"], place["at"])[0]):
             raise _strange(place)
 

@@ -5,7 +5,7 @@ Imported, with seqio_vocabulary, only where SeqIO is needed: TensorFlow comes wi
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,37 @@ class Data:
         """Some rows of endless training batches."""
         return self._make("train", rows, shuffle=True, seed=self._seed, repeat=True)
 
-    def validation(self, rows: Rows) -> list[dict[str, np.ndarray]]:
-        """Some rows of the validation split's batches."""
-        return list(self._make("validation", rows))
+    def validation(self, rows: Rows) -> "KeptBatches":
+        """Some rows of the validation split's batches, to be gone through many times."""
+        return KeptBatches(self._make("validation", rows))
+
+
+class KeptBatches(Sequence):
+    """Batches that were read once and are kept, but for their masks of seen clusters.
+
+    Those would be many times larger than all else: a gigabyte for a million examples and a thousand
+    clusters. Only which clusters they name is kept, and the mask of a batch is made when it's asked
+    for.
+
+    Args:
+      batches: some, each with `seen`.
+    """
+
+    def __init__(self, batches: Iterable[dict[str, np.ndarray]]):
+        self._kept = []
+        for batch in batches:
+            seen = batch["seen"]
+            self._kept.append({**batch, "seen": (seen.shape, np.flatnonzero(seen))})
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, place: int) -> dict[str, np.ndarray]:
+        kept = self._kept[place]
+        shape, named = kept["seen"]
+        seen = np.zeros(shape, bool)
+        seen.flat[named] = True
+        return {**kept, "seen": seen}
 
 
 def count_examples(folder: Path, split: str) -> int:

@@ -49,7 +49,7 @@ class Tokens(seqio.Vocabulary):
     @property
     def bos_id(self) -> int | None:
         """What begins a prompt, if one token does."""
-        return self._vocabulary.begin[0] if self._vocabulary.begin else None
+        return self._vocabulary.begin[0] if len(self._vocabulary.begin) == 1 else None
 
     @property
     def eos_id(self) -> int:

@@ -220,7 +220,9 @@ class Vocabulary:
     def decode(self, tokens: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         """The text of a prompt's or a description's token ids, or of both joined, up to EOS.
 
-        What stands before every prompt, padding and a description's lead give nothing.
+        What stands before every prompt, padding and a description's lead give nothing. Where
+        `pad_id` is None, zeros that fill up an array of prompts can't be told from tokens: cut a
+        row to its length first.
         """
         ids = [int(token) for token in tokens]
         if self.begin and tuple(ids[: len(self.begin)]) == self.begin:

@@ -166,7 +166,7 @@ def binned_loss(
 ) -> Sums:
     """Cross-entropy over the bins of the label, for a reward model with the head 'bins'.
 
-    With the label's nearest bin y = round(label · (num_bins − 1)) and the logits z_b of the bins,
+    With the label's nearest bin y = ⌊label · (num_bins − 1) + ½⌋ and the logits z_b of the bins,
 
         loss = − log ( exp z_y / Σ_b exp z_b )
 
@@ -308,8 +308,8 @@ def _bin_cross_entropy(
 ) -> Sums:
     last = reading.last_states(reading.read(model, params, batch, dropout_key), batch)
     log_probabilities = model.apply(params, last, method="bin_log_probabilities")
-    bins = jnp.round(batch["label"].reshape(-1) * (model.num_bins - 1)).astype(jnp.int32)
-    bins = jnp.clip(bins, 0, model.num_bins - 1)
+    bins = jnp.floor(batch["label"].reshape(-1) * (model.num_bins - 1) + 0.5)
+    bins = jnp.clip(bins.astype(jnp.int32), 0, model.num_bins - 1)
     wanted = (1 - smoothing) * jax.nn.one_hot(bins, model.num_bins) + smoothing / model.num_bins
     losses = -jnp.sum(wanted * log_probabilities, axis=1)
     right = jnp.argmax(log_probabilities, axis=1) == bins

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from recexplore.distributed.partitioning import DEFAULT_RULES, make_mesh, shardings_of
-from recexplore.models import pretrained, saved
+from recexplore.models import config_file, pretrained, saved
 from recexplore.models.transformer import Transformer
 
 _WHY = "needs transformers and torch: pip install -e '.[bench]'"
@@ -119,7 +119,7 @@ def imported(published):
     @functools.cache
     def read(name):
         folder, _ = published(name)
-        config = pretrained.read_config(folder, max_length=32)
+        config = config_file.read_config(folder, max_length=32)
         return config, pretrained.load(folder, config)
 
     return read
@@ -155,7 +155,7 @@ def test_what_is_exported_has_the_same_logits_in_transformers(name, published, i
     )
     assert not any(report.values())
     np.testing.assert_allclose(logits_of(read.eval()), published(name).logits, atol=1e-4)
-    assert pretrained.read_config(copy, max_length=32) == config
+    assert config_file.read_config(copy, max_length=32) == config
     index = json.loads((copy / "model.safetensors.index.json").read_text())
     assert len({*index["weight_map"].values()}) > 1
     total = sum(array.nbytes for array in jax.tree.leaves(params))
@@ -172,7 +172,7 @@ def test_the_language_model_of_a_folder_with_pictures_is_read(published, tmp_pat
         renamed = {start + name.removeprefix("model."): value for name, value in tensors.items()}
         renamed["vision_tower.weight"] = np.ones((2, 2), np.float32)
         save_file(renamed, tmp_path / "model.safetensors")
-        config = pretrained.read_config(tmp_path, max_length=16)
+        config = config_file.read_config(tmp_path, max_length=16)
         found = ours(config, pretrained.load(tmp_path, config))
         np.testing.assert_allclose(found, logits, atol=1e-4)
 
@@ -200,7 +200,7 @@ def test_half_precision_files(stored, wanted, published, imported, tmp_path):
     shutil.copyfile(folder / "config.json", tmp_path / "config.json")
     rounded = {name: value.astype(stored) for name, value in tensors_of(folder).items()}
     save_file(rounded, tmp_path / "model.safetensors")
-    config = pretrained.read_config(tmp_path, max_length=16, param_dtype=wanted)
+    config = config_file.read_config(tmp_path, max_length=16, param_dtype=wanted)
     found = pretrained.load(tmp_path, config)
     _, params = imported("qwen2")
     expected = jax.tree.map(lambda x: np.asarray(x).astype(stored).astype(wanted), params)
@@ -226,8 +226,28 @@ def test_the_spelling_before_transformers_5_says_the_same(name, published, tmp_p
     if rope["rope_type"] != "default":
         entries["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
     (tmp_path / "config.json").write_text(json.dumps(entries))
-    old, new = (pretrained.read_config(path, max_length=16) for path in (tmp_path, folder))
+    old, new = (config_file.read_config(path, max_length=16) for path in (tmp_path, folder))
     assert old == new
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_folder_says_of_tokens_and_context_what_it_was_told(name, published, tmp_path):
+    """transformers would fill in the ids of the family's first model."""
+    folder, _ = published(name)
+    config = config_file.read_config(folder, max_length=16)
+    params = pretrained.load(folder, config)
+
+    def read(**said):
+        pretrained.save(tmp_path / "copy", params, config, **said)
+        found = transformers.AutoConfig.from_pretrained(tmp_path / "copy")
+        return (
+            *(found.bos_token_id, found.eos_token_id, found.pad_token_id),
+            found.max_position_embeddings,
+        )
+
+    assert read() == (None, None, None, 16)
+    ids = {"bos_token_id": 7, "eos_token_id": 8}
+    assert read(token_ids=ids, context_length=48) == (7, 8, None, 48)
 
 
 GEMMA2_9B = dict(
@@ -275,7 +295,7 @@ LLAMA2_7B = dict(
 )
 def test_what_older_folders_leave_out_is_known(entries, wanted, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(entries))
-    config = pretrained.read_config(tmp_path, max_length=2048)
+    config = config_file.read_config(tmp_path, max_length=2048)
     assert {field: getattr(config, field) for field in wanted} == wanted
 
 

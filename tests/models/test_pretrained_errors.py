@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from recexplore.errors import InputError
-from recexplore.models import pretrained
+from recexplore.models import config_file, families, pretrained
 from recexplore.models.tensor_names import axis_sizes, tensor_names
 from recexplore.models.transformer import TransformerConfig
 
@@ -42,7 +42,7 @@ def random_parameters(config):
     """By the table of names, whose shapes tests/models/test_pretrained.py checks."""
     random, sizes = np.random.default_rng(0), axis_sizes(config)
     params = {}
-    table = tensor_names(pretrained.family_of(config), config.tied_embeddings)
+    table = tensor_names(families.family_of(config), config.tied_embeddings)
     for path, tensor in table.items():
         layers = [config.num_layers] if tensor.in_layers else []
         shape = (*layers, *(sizes[axis] for axis in tensor.kept))
@@ -209,7 +209,7 @@ def test_what_is_wrong_with_a_folder_is_named(name, damage, message, exported, t
     shutil.copytree(exported(name), folder)
     damage(folder)
     with pytest.raises(InputError, match=message) as raised:
-        pretrained.load(folder, pretrained.read_config(folder, max_length=16))
+        pretrained.load(folder, config_file.read_config(folder, max_length=16))
     assert str(folder) in str(raised.value)
 
 
@@ -229,8 +229,8 @@ def test_what_is_wrong_with_a_folder_is_named(name, damage, message, exported, t
 )
 def test_a_configuration_that_is_not_the_folders_is_told_so(changes, messages, exported):
     folder = exported("gemma2")
-    config = pretrained.read_config(folder, max_length=16, dropout_rate=0.1)
-    pretrained.check_config(folder, config)
+    config = config_file.read_config(folder, max_length=16, dropout_rate=0.1)
+    config_file.check_config(folder, config)
     with pytest.raises(InputError) as raised:
         pretrained.load(folder, dataclasses.replace(config, **changes))
     assert all(message in str(raised.value) for message in messages), raised.value
@@ -238,14 +238,14 @@ def test_a_configuration_that_is_not_the_folders_is_told_so(changes, messages, e
 
 def test_what_the_folder_decides_cannot_be_set(exported):
     with pytest.raises(InputError, match="got num_layers; settings are .*dropout_rate"):
-        pretrained.read_config(exported("llama"), 16, num_layers=1)
+        config_file.read_config(exported("llama"), 16, num_layers=1)
 
 
 def test_windows_that_mean_the_same_are_the_same(exported):
     folder = exported("gemma2")
-    config = pretrained.read_config(folder, max_length=16)
+    config = config_file.read_config(folder, max_length=16)
     assert config.attention_windows == (4, 0)
-    pretrained.check_config(folder, dataclasses.replace(config, attention_windows=(4, 0, 4)))
+    config_file.check_config(folder, dataclasses.replace(config, attention_windows=(4, 0, 4)))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_windows_that_mean_the_same_are_the_same(exported):
 def test_an_exported_configuration_is_that_of_its_folder(changes, tmp_path):
     config = small(**changes)
     pretrained.save(tmp_path / "model", random_parameters(config), config)
-    pretrained.check_config(tmp_path / "model", config)
+    config_file.check_config(tmp_path / "model", config)
     again = pretrained.load(tmp_path / "model", config)
     jax.tree.map(np.testing.assert_array_equal, again, random_parameters(config))
 
@@ -278,7 +278,7 @@ def test_an_exported_configuration_is_that_of_its_folder(changes, tmp_path):
     ],
 )
 def test_the_family_is_told_from_the_configuration(changes, family):
-    assert pretrained.family_of(small(**changes)) == family
+    assert families.family_of(small(**changes)) == family
 
 
 @pytest.mark.parametrize(
@@ -304,6 +304,11 @@ def test_a_network_that_transformers_lacks_is_not_exported(changes, field, tmp_p
     with pytest.raises(InputError, match=f"TransformerConfig.{field} is {value}, but it must be"):
         pretrained.save(tmp_path / "model", {"params": {}}, config)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_context_that_is_shorter_than_a_training_row_is_refused(tmp_path):
+    with pytest.raises(InputError, match="length to export is 7, but .*max_length is 64 already"):
+        pretrained.save(tmp_path / "model", {"params": {}}, small(), context_length=7)
 
 
 def test_exporting_replaces_an_export_and_nothing_else(tmp_path):

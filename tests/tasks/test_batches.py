@@ -1,5 +1,6 @@
 """Batches: the same for any number of processes, resumed exactly, packed without loss."""
 
+import pickle
 import shutil
 
 import numpy as np
@@ -105,6 +106,27 @@ def assert_equal(one, other):
     for name in one:
         assert one[name].dtype == other[name].dtype
         assert np.array_equal(one[name], other[name]), name
+
+
+def test_validation_batches_are_kept_without_their_masks(tmp_path, vocabulary):
+    for split in ("train", "validation"):
+        seqio_tasks.write_examples(EXAMPLES, tmp_path, split, vocabulary)
+    task = seqio_tasks.make_task("kept", tmp_path, vocabulary)
+    settings = {
+        "batch_size": 8,
+        "max_length": 90,
+        "longest_description": max(len(vocabulary.encode_description(d)) for d in DESCRIPTIONS),
+        "prefix_length": len(vocabulary.prefix),
+        "num_clusters": 3000,
+        "pack": True,
+    }
+    found = seqio_tasks.Data(task, tmp_path, seed=0, **settings).validation(range(1, 8, 2))
+    plain = list(seqio_tasks.Batches(task, tmp_path, "validation", range(1, 8, 2), **settings))
+    assert len(found) == len(plain) > 0
+    for _ in range(2):
+        for batch, expected in zip(found, plain, strict=True):
+            assert_equal(batch, expected)
+    assert len(pickle.dumps(found)) < sum(batch["seen"].nbytes for batch in plain) / 10
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["single", "pairs", "packed"])

@@ -50,6 +50,12 @@ def test_every_example_comes_first_equally_often(size):
     assert np.abs(deviations).max() < 5  # of up to 256 standard normals
 
 
+def test_keys_of_other_numbers_give_other_orders():
+    keys = [(2**32 + 5, 3), (5, 1, 3), (5, 3), (2**33 + 5, 3), (5, 2**32 + 3)]
+    found = {tuple(permuted(np.arange(100), 100, key).tolist()) for key in keys}
+    assert len(found) == len(keys)
+
+
 def test_neighbours_do_not_stay_neighbours():
     size = 100_000
     found = permuted(np.arange(size), size, (3, 1))
@@ -60,6 +66,9 @@ def test_neighbours_do_not_stay_neighbours():
 
 def lengths_of(size, longest, seed=0):
     return np.random.default_rng(seed).integers(1, longest + 1, size)
+
+
+PACKED = {"epoch": 0, "at": 0, "row": 0, "max_length": 12, "examples_per_row": 3}
 
 
 def rows_of(size, packed, *, seed=1, repeat=True, max_length=12, examples_per_row=3):
@@ -153,7 +162,10 @@ def test_packed_rows_are_nearly_full():
         (False, {"epoch": 0, "at": -1}),
         (False, {"epoch": 0, "at": 0, "row": 0}),
         (True, {"epoch": 0, "at": 0}),
-        (True, {"epoch": 0, "at": 0, "row": 100}),
+        (True, {"epoch": 0, "at": 0, "row": 0}),
+        (True, {**PACKED, "row": 100}),
+        (True, {**PACKED, "max_length": 13}),
+        (True, {**PACKED, "examples_per_row": 4}),
         (True, {}),
     ],
 )

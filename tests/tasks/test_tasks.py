@@ -183,6 +183,14 @@ def test_longer_histories_are_second_examples():
     assert make(table, DESCRIPTIONS, 1, exclude_seen=False, longer=3, half_life=0.5, seed=1) == made
 
 
+@pytest.mark.parametrize("longer", [1, 2])
+def test_longer_histories_are_longer(longer):
+    with pytest.raises(InputError, match=rf"longer is {longer}, but .*longer_histories must name"):
+        examples.novelty_examples(
+            transitions([3]), DESCRIPTIONS, 2, exclude_seen=False, longer=longer
+        )
+
+
 def test_examples_say_the_last_clusters_of_the_history():
     for exclude_seen, excluded in ((True, [0, 1, 2]), (False, [1, 2])):
         (example,) = examples.novelty_examples(

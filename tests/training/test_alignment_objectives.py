@@ -5,6 +5,7 @@ bias, and a test can say what every sequence scores.
 """
 
 import functools
+import inspect
 import math
 
 import jax
@@ -16,6 +17,7 @@ from jax.test_util import check_grads
 from small_models import language_model
 
 from recexplore.errors import InputError
+from recexplore.feedback.collective import collective_feedback
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import TransformerConfig
 from recexplore.models.trie import build_trie
@@ -126,6 +128,22 @@ def test_the_binned_loss_is_cross_entropy_over_the_nearest_bins():
         objectives.binned_loss, model, params, batch_of([1], [1.0]), KEY, label_smoothing=0.3
     )
     assert smooth[0] == pytest.approx(0.7 * (second - 2) + 0.1 * (3 * second - 2), rel=1e-5)
+
+
+def test_labels_between_two_bins_belong_to_the_upper_one():
+    model, params = table([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]], "bins")
+    found = [
+        sums(objectives.binned_loss, model, params, batch_of([0], [label]))[0]
+        for label in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    ]
+    steps = [1, 1, 2, 2, 3, 3, 4]
+    normaliser = math.log(sum(math.exp(z) for z in range(6)))
+    assert found == pytest.approx([normaliser - step for step in steps], rel=1e-5)
+
+
+def test_every_label_of_the_default_grid_has_a_bin_of_its_own():
+    rounding = inspect.signature(collective_feedback).parameters["rounding"].default
+    assert (RewardModel(CONFIG, "bins").num_bins - 1) * rounding == pytest.approx(1)
 
 
 def test_the_ordinal_loss_is_of_differences_of_the_cumulative_link():

@@ -129,7 +129,7 @@ def test_trouble_of_the_machine_is_not_taken_for_a_damaged_checkpoint(tmp_path, 
     with pytest.raises(Killed):
         run(tmp_path, data=killed_at(50))
     with monkeypatch.context() as patched:
-        patched.setattr("orbax.checkpoint.CheckpointManager.restore", _too_many_open_files)
+        patched.setattr("orbax.checkpoint.StandardCheckpointHandler.restore", _too_many_open_files)
         with pytest.raises(OSError, match="Too many open files"):
             run(tmp_path)
     assert (tmp_path / "checkpoints" / "40").is_dir()
