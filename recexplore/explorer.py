@@ -58,14 +58,18 @@ def load_model(folder: Path, vocabulary: Vocabulary, shared: dict[Any, Any] | No
     network = saved.rebuild(description)
     check_embedding(vocabulary, network.config.vocab_size, folder)
     pretrained = description.get("pretrained")
-    return Model(network, saved.load_parameters(folder, network, pretrained, shared))
+    parameters = saved.load_parameters(folder, network, pretrained, shared)
+    return Model(network, parameters, description.get("history_length"))  # older ones lack it
 
 
 class Explorer:
     """Asks models about histories.
 
-    A history longer than a model was trained for loses its oldest clusters, as in training: the
-    alignment model reads the last K, a novelty model as many as its context holds.
+    A history longer than a model was trained for loses its oldest clusters: the alignment model
+    reads the last K, a novelty model as many as its longest examples named. None of the whole
+    history is proposed all the same. A prompt that has more tokens than a training row has room for
+    (`pipeline.train.max_length`) loses its oldest tokens, as in training; so does that of a model
+    which an older version trained, whose description says nothing of histories.
 
     Args:
       vocabulary: of prompts and descriptions.
@@ -220,6 +224,8 @@ class Explorer:
         self, write: Callable[[Sequence[str]], str], histories: Sequence[History], model: Model
     ) -> Prompts:
         room = model.network.config.max_length - self._trie.max_length
+        if model.history_length:
+            histories = [history[-model.history_length :] for history in histories]
         texts = [write([self._descriptions[cluster] for cluster in h]) for h in histories]
         return Prompts(*self._vocabulary.encode_prompts(texts, room))
 

@@ -60,7 +60,7 @@ def export_model(
     if dtype not in (None, *_DTYPES):
         raise InputError(f"The dtype to export is {dtype!r}; it must be {' or '.join(_DTYPES)}.")
     family_of(dataclasses.replace(_config(trained), lora_rank=0))  # before anything is read
-    network, variables = load_model(trained, vocabulary)
+    network, variables, _ = load_model(trained, vocabulary)
     config = network.config
     if dtype:
         config = dataclasses.replace(config, param_dtype=dtype)

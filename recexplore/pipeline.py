@@ -34,6 +34,7 @@ REPORT = "report.html"
 NOVELTY = "novelty"  # the novelty model that fills the exploration table
 ALIGNMENT = "alignment"
 _LENGTHS = "max_lengths.json"  # of each model's examples, in tokens
+_HISTORIES = "history_lengths.json"  # of each model's examples, in clusters
 
 
 def model_folder(name: str) -> str:
@@ -316,15 +317,19 @@ def tokenize(
         vocabulary = Vocabulary(folder)
     longer_histories = longer_histories or {}
     longest = {name: longer_histories.get(name, k) for name, k in novelty_histories.items()}
+    longest[ALIGNMENT] = history_length
     lengths = {
-        model: examples.longest_example(vocabulary, prompt, descriptions, length)
-        for model, prompt, length in (
-            *((name, prompts.novelty_prompt, k) for name, k in longest.items()),
-            (ALIGNMENT, prompts.alignment_prompt, history_length),
+        model: examples.longest_example(
+            vocabulary,
+            prompts.alignment_prompt if model == ALIGNMENT else prompts.novelty_prompt,
+            descriptions,
+            length,
         )
+        for model, length in longest.items()
     }
     with artifacts.new_folder(work / EXAMPLES) as folder:
         artifacts.write_json(folder / _LENGTHS, lengths)
+        artifacts.write_json(folder / _HISTORIES, longest)
         for split in ("train", "validation"):
             rows, fades = examples.engaged(transitions, split), None
             engaged = rows.num_rows
@@ -401,6 +406,7 @@ def train(
             f"pipeline.train.batch_size is {batch_size!r}; it must be a whole number from 1 on."
         )
     longest = artifacts.read_json(work / EXAMPLES / _LENGTHS)[name]
+    history_length = artifacts.read_json(work / EXAMPLES / _HISTORIES)[name]
     max_length = max_length or longest
     if max_length < longest:
         progress.say(
@@ -428,7 +434,7 @@ def train(
     )
     network = make_network(config)
     if processes.is_first():
-        artifacts.write_json(folder / NETWORK, saved.describe(network, pretrained))
+        artifacts.write_json(folder / NETWORK, saved.describe(network, pretrained, history_length))
     with progress.bar(f"train {name}") as update:
         result = run(
             folder,

@@ -108,7 +108,7 @@ def test_transformers_gives_the_same_logits(family, rank, from_family, from_noth
     config = dataclasses.replace(config, lora_rank=rank, lora_targets=("query", "out", "wo"))
     name = f"novelty{rank}"
     model = trained(work, name, Transformer(config), base)
-    network, params = load_model(model, Vocabulary(work / "vocabulary"))
+    network, params, _ = load_model(model, Vocabulary(work / "vocabulary"))
     folder, tokens = exported(work, name), some_tokens(config)
     ours = network.apply(params, jnp.asarray(tokens, jnp.int32))
     assert np.abs(ours).max() > 0.1  # or nothing would be compared

@@ -24,10 +24,18 @@ from recexplore.models.trie import Trie, token_range
 
 
 class Model(NamedTuple):
-    """A network and its parameters."""
+    """A network and its parameters.
+
+    Attributes:
+      network: a Transformer or a RewardModel.
+      params: its variables.
+      history_length: clusters of the longest history that it was trained on; None where nothing
+        says. Whoever writes its prompts names no more.
+    """
 
     network: nn.Module
     params: Any
+    history_length: int | None = None
 
 
 class Ready:

@@ -19,12 +19,15 @@ CHECKPOINTS = "checkpoints"
 _NETWORKS = {"Transformer": Transformer, "RewardModel": RewardModel}
 
 
-def describe(model: nn.Module, pretrained: Path | str | None = None) -> dict[str, Any]:
+def describe(
+    model: nn.Module, pretrained: Path | str | None = None, history_length: int | None = None
+) -> dict[str, Any]:
     """What `rebuild` and `load_parameters` need to know, as JSON values.
 
     Args:
       model: the network.
       pretrained: folder of the transformer that it started from; None: from nothing.
+      history_length: how much its longest prompts name; None where that is not known.
     """
     settings = {
         field.name: getattr(model, field.name)
@@ -36,6 +39,7 @@ def describe(model: nn.Module, pretrained: Path | str | None = None) -> dict[str
         "config": dataclasses.asdict(model.config),
         "settings": settings,
         "pretrained": None if pretrained is None else str(Path(pretrained).resolve()),
+        "history_length": history_length,
     }
 
 

@@ -6,6 +6,7 @@ or a small network of its own. Parameter names and logical axes follow T5X: toke
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -100,7 +101,7 @@ class TransformerConfig:
     scaled_embeddings: bool = False
     attention_bias: bool = False
     attention_scale: float = 0.0
-    attention_windows: tuple[int, ...] = (0,)
+    attention_windows: Sequence[int] = (0,)
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     rope_theta: float = 10_000.0
@@ -116,12 +117,12 @@ class TransformerConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     lora_rank: int = 0
-    lora_targets: tuple[str, ...] = ("query", "value")
+    lora_targets: Sequence[str] = ("query", "value")
     lora_scale: float = 1.0
     scan_unroll: int = 1
 
     def __post_init__(self):
-        for field in ("attention_windows", "lora_targets"):  # JSON has lists, gin may
+        for field in ("attention_windows", "lora_targets"):  # gin and JSON may have lists
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in _FROM_ONE:
             self._check(getattr(self, field) >= 1, field, "must be at least 1")
