@@ -105,20 +105,12 @@ def test_two_lines_make_the_alignment_model_learn_from_pairs(first):
     assert accuracy == pytest.approx([1 - share for share in choices], abs=1e-6)
 
 
-<<<<<<< HEAD
 def test_an_ordinal_head_is_trained_and_asked(unpacked):
     run = unpacked.like("ordinal", ORDINAL)
     assert run("train", "--model", "alignment", "--overwrite") == 0
-    network = saved.rebuild(artifacts.read_json(run.work / "models/alignment/network.json"))
-    assert network.head == "ordinal"
-=======
-def test_an_ordinal_head_is_trained_and_asked(first, unpacked):
-    run = unpacked.like("ordinal", ORDINAL, "alignment", "train_alignment.json")
-    assert run("train", "--model", "alignment") == 0
     description = artifacts.read_json(run.work / "models/alignment/network.json")
     assert description["history_length"] == 2
     assert saved.rebuild(description).head == "ordinal"
->>>>>>> h-fixes
     assert run("explore") == 0
 
 
