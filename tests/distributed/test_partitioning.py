@@ -85,8 +85,13 @@ def test_rules_put_logical_axes_on_the_mesh():
     ("rules", "message"),
     [
         ((("embed", "data"), ("embed", "fsdp")), "map the axis 'embed' twice"),
-        ((("embed", "model"),), r"\('embed', 'model'\) names the mesh axis 'model'.*data, fsdp"),
+        ((("embed", "model"),), r"\('embed', 'model'\).*names the mesh axis 'model'.*data, fsdp"),
         ((("batch", ("data", "pod")),), "names the mesh axis 'pod'"),
+        ((("emebd", "fsdp"),), "a rule for 'emebd', which no array has.*vocab, embed"),
+        (
+            (("embed", "tensor"), ("mlp", "tensor")),
+            r"send both 'embed' and 'mlp' of .*'wi_0'.* to the mesh axis 'tensor'",
+        ),
     ],
 )
 def test_wrong_rules_are_named(rules, message):
