@@ -19,7 +19,7 @@ from recexplore.training import optimization
 from recexplore.training import trainer
 
 NUM_CLUSTERS = 12
-pipeline.tokenize.longer_histories = {}
+pipeline.tokenize.longer_histories = {{}}
 world.simulate_log.num_users = 150
 world.simulate_log.num_items = 300
 world.simulate_log.num_days = 6
@@ -34,6 +34,7 @@ alignment/transformer.TransformerConfig.model_dim = 64
 """
 PAIRS = """
 include '{base}'
+from recexplore import pipeline
 from recexplore.tasks import examples
 from recexplore.training import objectives
 pipeline.tokenize.make_alignment_examples = @examples.pairwise_examples
@@ -41,6 +42,7 @@ alignment/pipeline.train.objective = @objectives.bradley_terry_loss
 """
 ORDINAL = """
 include '{base}'
+from recexplore import pipeline
 from recexplore.models import reward_model
 from recexplore.training import objectives
 reward_model.RewardModel.head = 'ordinal'
@@ -114,8 +116,8 @@ def test_two_lines_make_the_alignment_model_learn_from_pairs(first, unpacked):
 
 
 def test_an_ordinal_head_is_trained_and_asked(first, unpacked):
-    run = unpacked.like("ordinal", ORDINAL, "alignment", "train_alignment.json")
-    assert run("train", "--model", "alignment") == 0
+    run = unpacked.like("ordinal", ORDINAL)
+    assert run("train", "--model", "alignment", "--overwrite") == 0
     description = artifacts.read_json(run.work / "models/alignment/network.json")
     assert description["history_length"] == 2
     assert saved.rebuild(description).head == "ordinal"
