@@ -105,8 +105,12 @@ def _run(arguments: Sequence[str]) -> int:
         for stage in chosen:
             print(_describe(work, stage))
         return 0
-    if processes.find_others() is not None and any(stage.together for stage in chosen):
-        if processes.initialize():
+    others = processes.find_others()
+    if others is not None:
+        told = others.get("num_processes", 1) > 1
+        if any(stage.together for stage in chosen):
+            told = processes.initialize()
+        if told:
             _check_together(chosen)
     progress = Progress(silent=not processes.is_first())
     with work.locked():

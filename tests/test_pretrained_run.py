@@ -163,7 +163,7 @@ def test_all_of_a_model_with_another_tokenizer_is_trained(log):
     vocabulary = Vocabulary(run.work / "vocabulary")
     assert not vocabulary.begin and vocabulary.eos_id == vocabulary.size - 1
     _, models = pipeline._load_explorer(run.work, ("novelty", "alignment"), 8)
-    network, trained = models["novelty"]
+    network, trained, _ = models["novelty"]
     assert network.config.vocab_size == 704 > vocabulary.size and not network.config.lora_rank
     published = pretrained.load(run.base, network.config)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained, published)
