@@ -75,10 +75,11 @@ class Optimization:
         if self.optimizer == "adamw":
             rule = optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decays)
         else:
-            # Neither scaled by the parameters' size nor clipped a second time: the learning rate
-            # means what it means for AdamW.
+            # An array's update has a root mean square of 1 at most, as in the paper. It isn't scaled
+            # by the parameters' size: the learning rate means what it means for AdamW.
             rule = optax.chain(
                 optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
                 optax.add_decayed_weights(self.weight_decay, mask=_decays),
                 optax.scale_by_learning_rate(schedule),
             )
