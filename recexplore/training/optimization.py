@@ -75,8 +75,8 @@ class Optimization:
         if self.optimizer == "adamw":
             rule = optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decays)
         else:
-            # An array's update has a root mean square of 1 at most, as in the paper. It isn't scaled
-            # by the parameters' size: the learning rate means what it means for AdamW.
+            # An array's update has a root mean square of 1 at most, as in the paper. It is not
+            # scaled by the parameters' size: the learning rate means what it means for AdamW.
             rule = optax.chain(
                 optax.scale_by_factored_rms(),
                 optax.clip_by_block_rms(1.0),
