@@ -2,15 +2,15 @@
 take, so that they can be lowered and compiled for devices that aren't there.
 
     training_step    of one model, as the trainer runs it
-    explore_step     of the pair, as the exploration table is made with it
+    explore_pair     best of n with both models, on a mesh; `recexplore explore` has one device
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from recexplore.distributed import partitioning
@@ -19,6 +19,7 @@ from recexplore.inference.best_of_n import Batch, BestOfN, Prefixes, explore_ste
 from recexplore.inference.context import Prompts, prefix_cache
 from recexplore.models.lora import join, split
 from recexplore.models.reward_model import RewardModel
+from recexplore.models.saved import fresh_variables
 from recexplore.models.transformer import Transformer, TransformerConfig
 from recexplore.models.trie import Trie, build_trie
 from recexplore.training.flops import count_flops
@@ -91,8 +92,8 @@ def training_step(
         "label": jax.ShapeDtypeStruct(sizes, np.float32),
         "weight": jax.ShapeDtypeStruct(sizes, np.float32),
     }
-    placed = _placed(batch, program.on_batch)
-    on_devices = _placed(trie, program.everywhere)
+    placed = partitioning.placed(batch, program.on_batch)
+    on_devices = partitioning.placed(trie, program.everywhere)
     lowered = program.step.lower(program.state, program.frozen, placed, on_devices)
     told = {
         "parameters": _count(program.state.params) + _count(program.frozen),
@@ -146,10 +147,8 @@ def explore_pair(
     prefix = jax.ShapeDtypeStruct((prefix_length,), np.int32)
     prefixes = Prefixes(
         *(
-            _placed(
-                jax.eval_shape(lambda p, m=m: prefix_cache(m, p, _zeros(prefix)), v), everywhere
-            )
-            for m, v in zip(networks, whole, strict=True)
+            jax.eval_shape(functools.partial(prefix_cache, network), variables, prefix)
+            for network, variables in zip(networks, whole, strict=True)
         )
     )
     trie = some_trie(num_clusters, description_length, config.vocab_size)
@@ -175,15 +174,13 @@ def explore_pair(
         )
 
     key = jax.ShapeDtypeStruct((2,), np.uint32)
-    shapes = (novelty, alignment, shared, prefixes, trie, batch, key)
-    placed = (
+    arguments = (
         novelty,
         alignment,
         shared,
-        prefixes,
-        _placed(trie, everywhere),
-        _placed(batch, on_batch),
-        _placed(key, everywhere),
+        *partitioning.placed((prefixes, trie), everywhere),
+        partitioning.placed(batch, on_batch),
+        partitioning.placed(key, everywhere),
     )
     told = {
         "parameters": sum(map(_count, (novelty, alignment, shared))),
@@ -193,8 +190,7 @@ def explore_pair(
         "S": prefix_length + prompt_length,
         "M": num_clusters,
     }
-    lowered = jax.jit(explore).lower(*placed)
-    flops = count_flops(explore, *jax.tree.map(_shape, shapes))
+    lowered, flops = jax.jit(explore).lower(*arguments), count_flops(explore, *arguments)
     found(Ahead("best-of-n step", told, lowered, flops, mesh))
 
 
@@ -225,26 +221,10 @@ def _whole(novelty: Any, alignment: Any, shared: Any) -> tuple[Any, Any]:
 
 
 def _abstract(network: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules) -> Any:
-    boxed = jax.eval_shape(
-        lambda: network.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
-    )
+    boxed = jax.eval_shape(lambda: fresh_variables(network, jax.random.key(0)))
     shardings = partitioning.shardings_of(boxed, mesh, rules)
     partitioning.check_shapes(nn.unbox(boxed), shardings)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings
-    )
-
-
-def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(x.shape, x.dtype)
+    return partitioning.placed(nn.unbox(boxed), shardings)
 
 
 def _count(tree: Any) -> int:

@@ -24,6 +24,7 @@ from recexplore.inference.best_of_n import (
 from recexplore.inference.context import Prompts, prefix_cache
 from recexplore.inference.exhaustive import build_tree
 from recexplore.models.reward_model import RewardModel
+from recexplore.models.saved import fresh_variables
 from recexplore.models.transformer import Transformer, TransformerConfig
 from recexplore.models.trie import Trie, build_trie
 
@@ -85,7 +86,7 @@ def random_pair(config: TransformerConfig, seed: int) -> Pair:
 
 def _random_params(model: nn.Module, key: jax.Array) -> dict:
     def make(key):
-        params = nn.unbox(model.init(key, jnp.ones((1, 2), jnp.int32), method="prefill"))
+        params = nn.unbox(fresh_variables(model, key))
         return jax.tree.map(lambda x: x.astype(model.config.dtype), params)
 
     return jax.jit(make)(key)

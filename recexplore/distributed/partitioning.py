@@ -150,6 +150,20 @@ def _misfit(leaf: Any, sharding: NamedSharding) -> tuple[int, tuple[str, ...], i
     return None
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes that say where they lie.
+
+    Args:
+      shapes: arrays, or shapes of them.
+      shardings: of the same structure, or one for all.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
 def replicate_misfits(abstract: Any, shardings: Any) -> Any:
     """Shardings with those replicated that don't fit their arrays.
 

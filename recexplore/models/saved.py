@@ -7,8 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from recexplore.distributed.checkpoints import load_best
+from recexplore.distributed.partitioning import placed
 from recexplore.errors import InputError
 from recexplore.models.lora import join, split
 from recexplore.models.pretrained import load as load_transformer
@@ -60,16 +62,15 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
         ) from error
 
 
+def fresh_variables(model: nn.Module, key: Key[Array, ""]) -> Any:
+    """A network's variables as they are drawn, boxed with their logical axes."""
+    return model.init(key, jnp.ones((1, 2), jnp.int32), method="prefill")
+
+
 def abstract_parameters(model: nn.Module) -> Any:
     """Shapes and dtypes of a network's variables."""
-
-    def initialize():
-        # Unboxed inside: outside there is nothing that rules in force could place.
-        return nn.unbox(
-            model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32), method="prefill")
-        )
-
-    return jax.eval_shape(initialize)
+    # Unboxed inside: outside there is nothing that rules in force could place.
+    return jax.eval_shape(lambda: nn.unbox(fresh_variables(model, jax.random.key(0))))
 
 
 def load_parameters(
@@ -94,11 +95,7 @@ def load_parameters(
         where it was.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        abstract_parameters(model),
-    )
-    trained, frozen = split(placed, model.config)
+    trained, frozen = split(placed(abstract_parameters(model), device), model.config)
     found = load_best(folder / CHECKPOINTS, trained)
     if not frozen:
         return found

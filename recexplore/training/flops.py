@@ -20,9 +20,10 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
 
     Args:
       function: of arrays.
-      *arguments: arrays or their shapes.
+      *arguments: arrays or their shapes, wherever they lie.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    return _count(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
 def _count(jaxpr: Any) -> int:

@@ -20,6 +20,7 @@ from recexplore.distributed import partitioning
 from recexplore.errors import InputError
 from recexplore.models import pretrained
 from recexplore.models.lora import join, split
+from recexplore.models.saved import fresh_variables
 from recexplore.models.trie import Trie
 from recexplore.training.flops import count_flops
 from recexplore.training.objectives import Sums
@@ -71,12 +72,12 @@ class Program:
     @functools.cached_property
     def state(self) -> State:
         """Shapes, dtypes and shardings of the state."""
-        return _placed(nn.unbox(self._boxed[0]), self.state_shardings)
+        return partitioning.placed(nn.unbox(self._boxed[0]), self.state_shardings)
 
     @functools.cached_property
     def frozen(self) -> Any:
         """Shapes, dtypes and shardings of the variables that aren't trained."""
-        return _placed(nn.unbox(self._boxed[1]), self.frozen_shardings)
+        return partitioning.placed(nn.unbox(self._boxed[1]), self.frozen_shardings)
 
     @functools.cached_property
     def state_shardings(self) -> State:
@@ -109,7 +110,7 @@ class Program:
         read = self.read_transformer(folder, shardings)
         rest = _without(self.state.params, read)
         draw = jax.jit(
-            lambda: _like(nn.unbox(self._variables(jax.random.key(seed))), rest),
+            lambda: _like(nn.unbox(fresh_variables(self.model, jax.random.key(seed))), rest),
             out_shardings=_like(shardings, rest),
         )
         around = jax.jit(
@@ -142,11 +143,8 @@ class Program:
         read = pretrained.load(folder, self.model.config, {"params": places})["params"]
         return {"params": {"transformer": read} if nested else read}
 
-    def _variables(self, key: Key[Array, ""]) -> Any:
-        return self.model.init(key, jnp.ones((1, 2), jnp.int32), method="prefill")
-
     def _fresh(self, key: Key[Array, ""]) -> tuple[State, Any]:
-        trained, frozen = split(self._variables(key), self.model.config)
+        trained, frozen = split(fresh_variables(self.model, key), self.model.config)
         return self._state_of(key, trained), frozen
 
     def _state_of(self, key: Key[Array, ""], params: Any) -> State:
@@ -224,21 +222,10 @@ class Program:
         config = dataclasses.replace(self.model.config, remat="none")
         model = self.model.clone(config=config)
 
-        def sums(params, frozen, batch, trie):
+        def loss(params, frozen, batch, trie):
             return self.objective(model, join(params, frozen), trie, batch).loss
 
-        params, frozen = (jax.tree.map(_shape, x) for x in (self.state.params, self.frozen))
-        return count_flops(jax.grad(sums), params, frozen, batch, trie)
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+        return count_flops(jax.grad(loss), self.state.params, self.frozen, batch, trie)
 
 
 def _without(tree: Any, other: Any) -> Any:
