@@ -22,8 +22,8 @@ from recexplore.training import trainer
 from recexplore import pipeline
 
 NUM_CLUSTERS = 20
-world.simulate_log.num_users = 150
-world.simulate_log.num_items = 300
+world.Settings.num_users = 150
+world.Settings.num_items = 300
 world.simulate_log.num_days = 6
 pipeline.train.batch_size = 16
 optimization.Optimization.steps = 20

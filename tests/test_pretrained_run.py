@@ -27,8 +27,8 @@ from recexplore.training import trainer
 
 NUM_CLUSTERS = 12
 pipeline.tokenize.longer_histories = {}
-world.simulate_log.num_users = 150
-world.simulate_log.num_items = 300
+world.Settings.num_users = 150
+world.Settings.num_items = 300
 world.simulate_log.num_days = 6
 pipeline.train.batch_size = 16
 optimization.Optimization.steps = 8

@@ -22,7 +22,7 @@ def test_a_wheel_carries_the_configurations_and_data_that_a_run_needs(tmp_path):
         "W",
         "--gin_file",
         "runs/demo.gin",
-        "--gin.world.simulate_log.num_users=20",
+        "--gin.world.Settings.num_users=20",
     ]
     code = "import recexplore; print(recexplore.__file__); from recexplore.cli import main; main()"
     found = subprocess.run(
