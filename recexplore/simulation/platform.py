@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int8, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int8, Int64
 
 from recexplore.errors import InputError
 from recexplore.simulation import behaviour, production_recommender
@@ -105,7 +105,7 @@ class Platform:
             users; a share that is none.
         """
         users = self.arrive()
-        draws = production_recommender.Draws(*self._per_slot(_PAGES, users, 3))
+        draws = production_recommender.Draws(*self._per_slot(_PAGES, users, 3, np.float64))
         pages = self.recommender.fill(users, self.day, draws)
         source = np.where(pages.at_random, np.int8(RANDOM), np.int8(PRODUCTION))
         if exploration is not None:
@@ -115,7 +115,7 @@ class Platform:
             pages.items[rows, slot] = exploration[rows]
             pages.propensities[rows, slot] = np.nan
             source[rows, slot] = EXPLORATION
-        draws = behaviour.Draws(*self._per_slot(_REACTIONS, users, 4))
+        draws = behaviour.Draws(*self._per_slot(_REACTIONS, users, 4, np.float32))
         draws = draws._replace(watches=-np.log1p(-draws.watches))
         reactions = self._behaviour.react(users, pages.items, self.day, draws)
         self.recommender.learn(users, pages.items, reactions.watch_fraction)
@@ -140,13 +140,11 @@ class Platform:
     def _random(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, purpose, self._population, self.day])
 
-    def _per_slot(
-        self, purpose: int, users: np.ndarray, kinds: int
-    ) -> Float32[np.ndarray, "N A S"]:
+    def _per_slot(self, purpose, users, kinds, dtype) -> Float[np.ndarray, "N A S"]:
         """Uniform numbers for each of `users` and slot, of several kinds."""
         shape = (self.settings.num_users, self.settings.slots_per_day)
         random = self._random(purpose)
-        return np.stack([random.random(shape, np.float32)[users] for _ in range(kinds)])
+        return np.stack([random.random(shape, dtype)[users] for _ in range(kinds)])
 
     def _kept(self, users, exploration, suppression) -> Int[np.ndarray, "E"]:
         """Rows whose exploration item the final ranker lets through."""

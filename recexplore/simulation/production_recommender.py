@@ -26,9 +26,9 @@ class Draws(NamedTuple):
       items: which of its items, or of all items.
     """
 
-    policies: Float32[np.ndarray, "A S"]
-    topics: Float32[np.ndarray, "A S"]
-    items: Float32[np.ndarray, "A S"]
+    policies: Float[np.ndarray, "A S"]
+    topics: Float[np.ndarray, "A S"]
+    items: Float[np.ndarray, "A S"]
 
 
 class Pages(NamedTuple):
@@ -83,7 +83,7 @@ class ProductionRecommender:
         """Chooses the items of a day's pages.
 
         Args:
-          users: who is there, each once.
+          users: who is there.
           day: which decides what is uploaded.
           draws: where chance comes from.
         """

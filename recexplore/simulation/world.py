@@ -98,9 +98,9 @@ class Settings:
         below = f"below slots_per_day, which is {slots}"
         self._check("exploration_slot", self.exploration_slot < slots, below)
         self._check("topics_per_user", topics <= num_topics, f"at most {num_topics}, all topics")
-        spare = self.num_items - num_topics  # one item of each topic is there from the start
-        new = round(self.new_item_share * self.num_items)
-        self._check("new_item_share", new <= spare, f"at most {spare} of {self.num_items} items")
+        spare = 1 - num_topics / self.num_items
+        rule = f"at most {spare:.3g}, as an item of each topic is there from the start"
+        self._check("new_item_share", self.new_item_share <= spare, rule)
 
     def _check(self, name: str, fine: bool, rule: str) -> None:
         if not fine:
@@ -335,7 +335,7 @@ def _draw_items(settings: Settings, appeal: np.ndarray, random: np.random.Genera
     quality = _QUALITY_SPREAD * random.normal(size=num_items)
     lengths = _MEDIAN_LENGTH * np.exp(_LENGTH_SPREAD * random.normal(size=num_items))
     upload_days = random.integers(1 - _OLDEST, 1, size=num_items)
-    new = round(settings.new_item_share * num_items)
+    new = int(settings.new_item_share * num_items)
     later = num_topics + random.permutation(num_items - num_topics)[:new]  # not a topic's first
     upload_days[later] = random.integers(1, UPLOAD_DAYS + 1, size=new)
     return topics[order], quality.astype(np.float32), lengths.astype(np.float32), upload_days[order]
