@@ -9,10 +9,10 @@ from scipy import special
 from recexplore.simulation.world import Settings, World, logistic_
 
 SKIPPED = 0.1  # watch fraction below which an item counts as skipped
+PLAYED = 0.5  # watch fraction from which on an item counts as played
 _LIKE_FROM, _LIKE_RATE, _SHARE_RATE = 0.3, 0.6, 0.15
 _FRESH_DAYS = 7.0
-_MEMORY = 0.7  # part of what a user remembers of earlier pages after another one
-_PLAYED = 0.5  # watch fraction from which on an item counts as played
+_MEMORY = 0.7  # how much of the contentment with earlier pages stays after one more
 
 
 class Draws(NamedTuple):
@@ -121,5 +121,5 @@ class Behaviour:
     def _remember(self, users, items, watch) -> None:
         page = watch.mean(axis=1)
         self._contentment[users] = _MEMORY * self._contentment[users] + (1 - _MEMORY) * page
-        played = items[watch >= _PLAYED]
+        played = items[watch >= PLAYED]
         self._plays += np.bincount(played, minlength=len(self._plays))

@@ -120,8 +120,7 @@ class Platform:
         reactions = self._behaviour.react(users, pages.items, self.day, draws)
         self.recommender.learn(users, pages.items, reactions.watch_fraction)
         slots = np.arange(self.settings.slots_per_day)
-        start = self._random(_SESSIONS).integers(0, _DAY // 2, self.settings.num_users)
-        timestamp = _START + self.day * _DAY + start[users, None] + _SECONDS_PER_SLOT * slots
+        timestamp = self._when(users)
         self.day += 1
         return Day(
             users=np.repeat(users, len(slots)),
@@ -145,6 +144,13 @@ class Platform:
         shape = (self.settings.num_users, self.settings.slots_per_day)
         random = self._random(purpose)
         return np.stack([random.random(shape, dtype)[users] for _ in range(kinds)])
+
+    def _when(self, users) -> Int64[np.ndarray, "A S"]:
+        """Pages begin in the first half of the day and end before it does."""
+        slots = self.settings.slots_per_day
+        begin = self._random(_SESSIONS).integers(0, _DAY // 2, self.settings.num_users)[users]
+        seconds = min(_SECONDS_PER_SLOT, _DAY // 2 // slots)
+        return _START + self.day * _DAY + begin[:, None] + seconds * np.arange(slots)
 
     def _kept(self, users, exploration, suppression) -> Int[np.ndarray, "E"]:
         """Rows whose exploration item the final ranker lets through."""

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
+from recexplore.simulation.behaviour import PLAYED
 from recexplore.simulation.world import World
 
-REALLY_WATCHED = 0.5  # watch fraction from which on a topic counts as met
 _TOPIC_TEMPERATURE, _ITEM_TEMPERATURE = 0.2, 0.1
 _FIRST_WATCH = 0.6  # what is assumed of one watch of each topic known before the log
 _PRIOR = 0.4, 20.0  # mean watch fraction and how many watches that counts for, of a topic
@@ -53,7 +53,7 @@ class ProductionRecommender:
     that the user has met, and one of its items in proportion to exp(popularity / 0.1). Affinity is
     the user's mean watch fraction of a topic, shrunk to everyone's; popularity is an item's mean
     watch fraction, shrunk to its topic's, and a bit above that for new items. A topic is met when
-    half of one of its items has been watched.
+    one of its items has been played.
 
     All that it learns from is kept as counts and sums, so that taking in a day is the same as
     training on the whole log anew.
@@ -111,7 +111,7 @@ class ProductionRecommender:
         flat = (users[:, None] * self.met.shape[1] + self._item_topics[items]).ravel()
         np.add.at(self._count.ravel(), flat, np.float32(1))
         np.add.at(self._sum.ravel(), flat, watched)
-        self.met.ravel()[flat[watched >= REALLY_WATCHED]] = True
+        self.met.ravel()[flat[watched >= PLAYED]] = True
         num_items = len(self._item_topics)
         self._item_count += np.bincount(items.ravel(), minlength=num_items)
         self._item_sum += np.bincount(items.ravel(), watched, num_items)
