@@ -15,7 +15,7 @@ All need b > 0 wherever q > 0; nothing in a log can tell that. See Dudík, Langf
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from recexplore.errors import InputError
 from recexplore.evaluation.statistics import Estimate, bootstrap_ratio
@@ -34,7 +34,7 @@ class Log(NamedTuple):
 
     contexts: Int[np.ndarray, "R"]
     actions: Int[np.ndarray, "R"]
-    rewards: Float[np.ndarray, "R"]
+    rewards: Real[np.ndarray, "R"]
     propensities: Float[np.ndarray, "R"]
     users: np.ndarray
 

@@ -71,11 +71,7 @@ def best_of_n(
 
 
 def best_of_distinct(
-    log_p: Matrix,
-    scores: Matrix,
-    n: int,
-    samples: int = 1000,
-    seed: int = 0,
+    log_p: Matrix, scores: Matrix, n: int, samples: int = 1000, seed: int = 0
 ) -> Matrix:
     """The highest-scored of n draws without replacement, by Monte Carlo; see `top_k`."""
     return top_k(log_p, scores, n, 1, samples, seed, distinct=True)
@@ -253,7 +249,9 @@ def agreement(
 
     def centred(values):
         values = np.where(p > 0, values, 0.0)
-        return values - (p * values).sum(axis=1, keepdims=True)
+        size = np.abs(values).max(axis=1, keepdims=True)
+        values = values - (p * values).sum(axis=1, keepdims=True)
+        return np.where(np.abs(values) > 1e-12 * size, values, 0.0)  # a constant's rounding
 
     score, true = centred(scores), centred(truth)
     joint, score_spread, spread = (
@@ -310,7 +308,7 @@ class Strength(NamedTuple):
 
 def choose_strength(
     policy_at: Callable[[float], Matrix],
-    settings: Sequence[float],
+    settings: Sequence[float] | Sequence[int],
     log: off_policy.Log,
     min_effective: float = 30.0,
 ) -> Strength:
