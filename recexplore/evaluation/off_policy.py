@@ -42,6 +42,9 @@ class Log(NamedTuple):
 class Value(NamedTuple):
     """Estimates of one policy's mean reward, with 95 % intervals over users.
 
+    Where the effective sample size is a small part of the rows, intervals are too narrow: the rare
+    rows of great weight that would widen them may not be in the log.
+
     Attributes:
       inverse_propensity: unbiased.
       self_normalised: less noisy.
