@@ -77,6 +77,17 @@ def popularity(train: Rows, half_life: float | None = None) -> Baseline:
     return Baseline({"half_life": half_life}, lambda rows: np.tile(counts, (len(rows.targets), 1)))
 
 
+def nearest(centroids: Float[np.ndarray, "M E"]) -> Baseline:
+    """Cosine of each cluster's centroid with the nearest one of the last two clusters.
+
+    Not fitted, and nobody's idea of a recommender: what it proposes is expected of anyone.
+    """
+    lengths = np.linalg.norm(centroids, axis=1, keepdims=True)
+    directions = centroids / np.maximum(lengths, 1e-12)
+    cosine = (directions @ directions.T).astype(np.float64)
+    return Baseline({}, lambda rows: cosine[rows.last_two].max(axis=1))
+
+
 def markov(train: Rows, smoothing: float, half_life: float | None = None) -> Baseline:
     """P(next | last cluster), backed off to popularity.
 

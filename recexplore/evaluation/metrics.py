@@ -4,6 +4,8 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Bool, Float, Int
 
+from recexplore.evaluation import statistics
+
 
 def ranks(
     scores: Float[np.ndarray, "R M"],
@@ -57,6 +59,70 @@ def ndcg(rank: Float[np.ndarray, "R"], k: int) -> Float[np.ndarray, "R"]:
     """1 / log2(rank + 2) where the one relevant cluster is among the first k, else 0."""
     inside = rank < k
     return np.where(inside, 1 / np.log2(np.where(inside, rank, 0) + 2), 0.0)
+
+
+def serendipity(
+    rank: Float[np.ndarray, "R"], primitive_ranks: Float[np.ndarray, "P R"], k: int
+) -> Float[np.ndarray, "R"]:
+    """1 where the relevant cluster is among the first k, and was so for no primitive; else 0.
+
+    Args:
+      rank: of the relevant cluster.
+      primitive_ranks: of the same cluster by methods that need no model: `baselines.popularity` and
+        `baselines.nearest`.
+      k: places counted.
+    """
+    return recall(rank, k) * (primitive_ranks >= k).all(axis=0)
+
+
+def top_lists(
+    scores: Float[np.ndarray, "R M"], excluded: Bool[np.ndarray, "R M"], k: int
+) -> Int[np.ndarray, "R k"]:
+    """The k clusters of highest score in each row, best first; ties go to the smaller id.
+
+    Args:
+      scores: higher is better; -inf for what a method can't propose.
+      excluded: clusters left out.
+      k: how many; -1 where there are fewer.
+    """
+    value = np.where(excluded, -np.inf, scores)
+    order = np.argsort(-value, axis=1, kind="stable")[:, :k]
+    lists = np.full((len(scores), k), -1, order.dtype)
+    proposed = np.isfinite(np.take_along_axis(value, order, axis=1))
+    lists[:, : order.shape[1]] = np.where(proposed, order, -1)
+    return lists
+
+
+def coverage(lists: Int[np.ndarray, "R k"], num_clusters: int) -> float:
+    """Share of all clusters that are in at least one list; -1 is none."""
+    return len(np.unique(lists[lists >= 0])) / num_clusters
+
+
+def engaged_pairs(
+    lists: Int[np.ndarray, "R k"],
+    users: np.ndarray,
+    engaged_users: np.ndarray,
+    engaged_clusters: Int[np.ndarray, "E"],
+) -> Int[np.ndarray, "U"]:
+    """Different clusters that each user was recommended and engaged with; their sum is like UEUC.
+
+    Args:
+      lists: clusters recommended, -1 where a list is shorter.
+      users: whose list it is; the same user may have several.
+      engaged_users: of each engagement in the held-out period.
+      engaged_clusters: of each engagement; repeats count once.
+
+    Returns:
+      A count for each different user of `users`, in sorted order.
+    """
+    names, place = np.unique(users, return_inverse=True)
+    width = int(max(lists.max(initial=0), engaged_clusters.max(initial=0))) + 1
+    at = np.minimum(np.searchsorted(names, engaged_users), len(names) - 1)
+    known = names[at] == engaged_users
+    recommended = np.where(lists >= 0, place[:, None] * width + lists, -1)
+    engaged = at[known] * width + engaged_clusters[known]
+    both = np.intersect1d(recommended, engaged)
+    return np.bincount(both // width, minlength=len(names))
 
 
 def pairwise_accuracy(
@@ -173,12 +239,6 @@ def bootstrap_interval(
       seed: of it.
     """
     _, place = np.unique(users, return_inverse=True)
-    sums, counts = np.bincount(place, values), np.bincount(place)
-    random = np.random.default_rng(seed)
-    share = np.full(len(sums), 1 / len(sums))
-    means = []
-    for start in range(0, samples, 50):  # a few at a time: picks are samples × users
-        picks = random.multinomial(len(sums), share, size=min(50, samples - start))
-        means.extend((picks @ sums) / (picks @ counts))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    sums, counts = np.bincount(place, values), np.bincount(place).astype(np.float64)
+    found = statistics.bootstrap_ratio(sums, counts, samples, seed)
+    return float(found.low), float(found.high)

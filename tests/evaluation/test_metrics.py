@@ -174,3 +174,73 @@ def test_the_target_mean_weights_by_users_and_falls_back_to_the_overall_mean():
         np.array([0, 0, 2]), np.array([1.0, 0.4, 0.5]), np.array([1, 3, 4]), 3
     )
     assert found.tolist() == pytest.approx([(1.0 + 1.2) / 4, (1.0 + 1.2 + 2.0) / 8, 0.5])
+
+
+def test_serendipity_is_a_hit_that_no_primitive_had():
+    rank = np.array([0.0, 9.5, 3.0, 10.0, 2.0])
+    primitives = np.array([[10.0, 50, 3, 70, 11], [12, 10, 40, 80, 9.5]])
+    assert metrics.serendipity(rank, primitives, 10).tolist() == [1, 1, 0, 0, 0]
+
+
+def test_the_nearest_clusters_are_those_of_the_highest_cosine_to_either_of_the_last_two():
+    rows = some_rows(20)
+    centroids = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    found = baselines.nearest(centroids)(rows)
+    for row, pair in enumerate(rows.last_two):
+        for cluster in range(8):
+            cosines = [
+                centroids[cluster]
+                @ centroids[last]
+                / np.linalg.norm(centroids[cluster])
+                / np.linalg.norm(centroids[last])
+                for last in pair
+            ]
+            assert found[row, cluster] == pytest.approx(max(cosines), abs=1e-5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.lists(
+        st.lists(st.tuples(st.integers(-2, 2), st.booleans()), min_size=4, max_size=4),
+        min_size=1,
+        max_size=5,
+    ),
+    k=st.integers(1, 6),
+)
+def test_top_lists_and_their_coverage_by_sorting(rows, k):
+    scores = np.array([[value for value, _ in row] for row in rows], float)
+    scores[scores == -2] = -np.inf
+    excluded = np.array([[out for _, out in row] for row in rows])
+    expected = []
+    for row, out in zip(scores, excluded, strict=True):
+        left = [c for c in range(4) if not out[c] and row[c] > -np.inf]
+        best = sorted(left, key=lambda c, row=row: (-row[c], c))[:k]
+        expected.append(best + [-1] * (k - len(best)))
+    lists = metrics.top_lists(scores, excluded, k)
+    assert lists.tolist() == expected
+    assert metrics.coverage(lists, 4) == len({c for row in expected for c in row if c >= 0}) / 4
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    recommended=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(-1, 4), st.integers(-1, 4)), min_size=1, max_size=8
+    ),
+    engaged=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=8),
+    named=st.booleans(),
+)
+def test_engaged_pairs_are_an_intersection_of_sets(recommended, engaged, named):
+    pairs = {(user, c) for user, *row in recommended for c in row if c >= 0} & set(engaged)
+    users = sorted({user for user, *_ in recommended})
+    expected = [sum(user == owner for owner, _ in pairs) for user in users]
+
+    def name(numbers):
+        return np.array([f"u{n}" for n in numbers], str) if named else np.array(numbers, int)
+
+    found = metrics.engaged_pairs(
+        np.array([row for _, *row in recommended]),
+        name([user for user, *_ in recommended]),
+        name([user for user, _ in engaged]),
+        np.array([cluster for _, cluster in engaged], int),
+    )
+    assert found.tolist() == expected
