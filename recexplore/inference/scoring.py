@@ -1,4 +1,4 @@
-"""The alignment model's scores of given clusters or texts; a prompt is read once, each of them too."""
+"""The alignment model's scores of clusters or texts; each prompt is read once, each text too."""
 
 import jax
 import jax.numpy as jnp
