@@ -257,7 +257,6 @@ class _Run:
             alignment.network,
             self._optimizer,
             settings.method,
-            settings.kl_weight,
             settings.prompts_per_step,
             settings.samples_per_prompt,
             partitioning.batch_sharding(mesh),
@@ -305,7 +304,12 @@ class _Run:
         """Puts what tuning reads where it belongs."""
         of_novelty, of_alignment = map(self._shardings_of, self._networks)
         reference, frozen = split(jax.device_put(novelty.params, of_novelty), self._config)
-        rest = (tuple(np.asarray(p, np.int32) for p in prefixes), trie, pad_columns(prompts))
+        rest = (
+            tuple(np.asarray(prefix, np.int32) for prefix in prefixes),
+            trie,
+            pad_columns(prompts),
+            np.float32(self._settings.kl_weight),
+        )
         return Given(
             frozen,
             reference,

@@ -25,7 +25,7 @@ def policy_gradient_loss(
     log_probabilities: Float[Array, "B N"],
     reference: Float[Array, "B N"],
     rewards: Float[Array, "B N"],
-    kl_weight: float,
+    kl_weight: float | Float[Array, ""],
 ) -> Float[Array, ""]:
     """Its gradient is an unbiased estimate of minus that of E[r] − β KL(π, π₀).
 
@@ -46,7 +46,7 @@ def direct_preference_loss(
     log_probabilities: Float[Array, "B N"],
     reference: Float[Array, "B N"],
     rewards: Float[Array, "B N"],
-    kl_weight: float,
+    kl_weight: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """DPO (Rafailov et al. 2023, equation 7) on pairs of answers, the better-rewarded preferred:
 

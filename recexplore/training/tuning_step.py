@@ -34,6 +34,7 @@ class Given(NamedTuple):
       prefixes: the tokens that each model's prompts begin with.
       trie: the descriptions.
       prompts: all histories to tune on.
+      kl_weight: β; an argument, so that one program serves all.
     """
 
     frozen: Any
@@ -42,6 +43,7 @@ class Given(NamedTuple):
     prefixes: tuple[Int[Array, "P"], Int[Array, "Q"]]
     trie: Trie
     prompts: Batch
+    kl_weight: Float[Array, ""]
 
 
 class Judged(NamedTuple):
@@ -71,7 +73,6 @@ class Tuning:
       alignment: the alignment model's network.
       optimizer: optax chain.
       method: one of `METHODS`: on the policy's own draws, or on pairs of the reference's.
-      kl_weight: β.
       prompts_per_step: B.
       samples_per_prompt: N.
       on_batch: the sharding of a batch's rows.
@@ -81,7 +82,6 @@ class Tuning:
     alignment: RewardModel
     optimizer: optax.GradientTransformation
     method: str
-    kl_weight: float
     prompts_per_step: int
     samples_per_prompt: int
     on_batch: jax.sharding.Sharding
@@ -111,7 +111,7 @@ class Tuning:
 
         def loss(params):
             log_probabilities = self._log_probabilities(params, given, batch, answers)
-            terms = (log_probabilities, reference, rewards, self.kl_weight)
+            terms = (log_probabilities, reference, rewards, given.kl_weight)
             if own:
                 return policy_gradient_loss(*terms), log_probabilities
             return direct_preference_loss(*terms)

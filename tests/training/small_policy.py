@@ -25,7 +25,7 @@ from recexplore.training.policy import Answers, Policy
 EOS, V, T = 1, 6, 3
 SIZES = dict(
     vocab_size=V,
-    num_layers=2,
+    num_layers=1,
     model_dim=8,
     num_heads=2,
     num_kv_heads=1,
@@ -33,10 +33,11 @@ SIZES = dict(
     mlp_dim=8,
     max_length=10,
 )
-NETWORK = Transformer(TransformerConfig(**SIZES, attention_windows=(3, 0)))
+NETWORK = Transformer(TransformerConfig(**SIZES, attention_windows=(3,)))
 NOVELTY = Model(NETWORK, some_parameters(NETWORK, seed=1))
 REWARDS = RewardModel(TransformerConfig(**SIZES))
 ALIGNMENT = Model(REWARDS, some_parameters(REWARDS, seed=2))
+ALIGNMENT.params["params"]["head"] *= 5  # so that some answers are much better than others
 PREFIX = [5, 2]
 SEQUENCES = [[2, 3, EOS], [2, EOS], [4, EOS], [3, 5, EOS], [3, EOS]]
 TRIE = build_trie(SEQUENCES, EOS, V)
@@ -138,7 +139,15 @@ def one_device():
     return partitioning.make_mesh(devices=jax.devices()[:1])
 
 
-def tune(folder, progress=lambda *_, **__: None, make_mesh=one_device, prompts=None, **settings):
+def tune(
+    folder,
+    progress=lambda *_, **__: None,
+    *,
+    prompts=None,
+    make_mesh=one_device,
+    rules=partitioning.DEFAULT_RULES,
+    **settings,
+):
     """Tunes a little; `settings` are those of PolicyGradient."""
     usual = dict(prompts_per_step=4, samples_per_prompt=4, steps=12, evaluate_every=4)
     return policy_gradient.tune(
@@ -152,4 +161,5 @@ def tune(folder, progress=lambda *_, **__: None, make_mesh=one_device, prompts=N
         policy_gradient.PolicyGradient(**usual | settings),
         progress,
         make_mesh=make_mesh,
+        rules=rules,
     )
