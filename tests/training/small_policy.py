@@ -28,7 +28,7 @@ SIZES = dict(
     num_layers=1,
     model_dim=8,
     num_heads=2,
-    num_kv_heads=1,
+    num_kv_heads=2,
     head_dim=4,
     mlp_dim=8,
     max_length=10,
@@ -145,11 +145,10 @@ def tune(
     *,
     prompts=None,
     make_mesh=one_device,
-    rules=partitioning.DEFAULT_RULES,
     **settings,
 ):
     """Tunes a little; `settings` are those of PolicyGradient."""
-    usual = dict(prompts_per_step=4, samples_per_prompt=4, steps=12, evaluate_every=4)
+    usual = dict(prompts_per_step=8, samples_per_prompt=4, steps=12, evaluate_every=4)
     return policy_gradient.tune(
         folder,
         NOVELTY,
@@ -161,5 +160,4 @@ def tune(
         policy_gradient.PolicyGradient(**usual | settings),
         progress,
         make_mesh=make_mesh,
-        rules=rules,
     )

@@ -7,6 +7,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 from small_policy import (
     ALIGNMENT,
@@ -21,6 +22,7 @@ from small_policy import (
     tune,
 )
 
+from recexplore import artifacts
 from recexplore.distributed import partitioning
 from recexplore.errors import InputError, Preempted
 from recexplore.models import saved
@@ -74,8 +76,7 @@ def test_tuning_ends_at_the_optimum_that_is_known(tmp_path, kl_weight, moved):
 
 
 def test_preferences_raise_the_reward(tmp_path):
-    settings = dict(method="direct_preference", kl_weight=0.1, prompts_per_step=8, steps=60)
-    tune(tmp_path, evaluate_every=60, learning_rate=0.02, samples_per_prompt=8, **settings)
+    tune(tmp_path, method="direct_preference", steps=80, evaluate_every=80, learning_rate=0.02)
     first, *steps, last = curve(tmp_path)
     assert last["evaluation_reward"] > first["evaluation_reward"] + 0.1
     assert first["evaluation_kl"] == pytest.approx(0, abs=1e-5) and last["evaluation_kl"] > 0.1
@@ -84,10 +85,10 @@ def test_preferences_raise_the_reward(tmp_path):
 
 
 def test_what_was_answered_is_kept(tmp_path):
-    outputs = tune(tmp_path, kl_weight=0.0, learning_rate=0.02, steps=10)
-    assert outputs.steps.tolist() == [0, 4, 8, 10]
+    outputs = tune(tmp_path, kl_weight=0.0, evaluate_every=5)
+    assert outputs.steps.tolist() == [0, 5, 10, 12]
     by_step = {r["step"]: r for r in curve(tmp_path) if "evaluation_reward" in r}
-    assert list(by_step) == [0, 4, 8, 10]
+    assert list(by_step) == [0, 5, 10, 12]
     for place, step in enumerate(outputs.steps.tolist()):
         valid = outputs.clusters[place] >= 0
         assert by_step[step]["evaluation_valid"] == pytest.approx(valid.mean())
@@ -97,10 +98,13 @@ def test_what_was_answered_is_kept(tmp_path):
         mean = outputs.rewards[place].mean()
         assert by_step[step]["evaluation_reward"] == pytest.approx(mean, abs=1e-5)
     rows = outputs.rows(lambda tokens: "-".join(map(str, tokens)))
+    table = tmp_path / "outputs.parquet"
+    artifacts.write_table(table, pa.table(rows), artifacts.TUNING_OUTPUTS)
+    assert artifacts.read_table(table, artifacts.TUNING_OUTPUTS).num_rows == len(rows["step"])
     assert len(rows["step"]) == outputs.clusters.size
     place = np.ravel_multi_index((2, 1, 3), outputs.clusters.shape)
     tokens, cluster = outputs.tokens[2, 1, 3].tolist(), outputs.clusters[2, 1, 3]
-    assert (rows["step"][place], rows["history"][place], rows["cluster"][place]) == (8, 1, cluster)
+    assert (rows["step"][place], rows["history"][place], rows["cluster"][place]) == (10, 1, cluster)
     assert rows["text"][place] == "-".join(map(str, tokens))
 
 
@@ -141,15 +145,10 @@ def test_a_killed_or_stopped_run_goes_on_bit_for_bit(tmp_path):
 
 
 def test_eight_devices_give_what_one_gives(tmp_path):
-    settings = dict(steps=2, evaluate_every=2, prompts_per_step=8)
-    tune(tmp_path / "one", **settings)
-    tune(
-        tmp_path / "eight",
-        make_mesh=lambda: partitioning.make_mesh(data=4, fsdp=2),
-        **settings,
-    )
+    tune(tmp_path / "one")
+    tune(tmp_path / "eight", make_mesh=lambda: partitioning.make_mesh(data=4, fsdp=2))
     for one, eight in zip(curve(tmp_path / "one"), curve(tmp_path / "eight"), strict=True):
-        assert one == pytest.approx(eight, rel=1e-3, abs=1e-4)
+        assert one == pytest.approx(eight, rel=1e-2, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -178,5 +177,5 @@ def test_bad_settings_are_refused_in_words(settings, message):
 
 
 def test_prompts_that_cannot_be_dealt_out_are_refused(tmp_path):
-    with pytest.raises(InputError, match="PolicyGradient.prompts_per_step is 4; .* multiple of 8"):
-        tune(tmp_path, make_mesh=partitioning.make_mesh)
+    with pytest.raises(InputError, match="PolicyGradient.prompts_per_step is 9; .* multiple of 8"):
+        tune(tmp_path, make_mesh=partitioning.make_mesh, prompts_per_step=9)
