@@ -98,6 +98,15 @@ EXPLORATION_TABLE = pa.schema(
         ("propensities", pa.list_(pa.float32())),  # of the choice among what was proposed
     )
 )
+TUNING_OUTPUTS = pa.schema(
+    _required(
+        ("step", pa.int32()),  # of tuning, after which the policy answered
+        ("history", pa.int32()),  # place among the histories it was asked about
+        ("cluster", pa.int32()),  # -1: the answer is no description, or a cluster of the history
+        ("reward", pa.float32()),  # the alignment model's score of the answer
+        ("text", pa.string()),
+    )
+)
 
 
 def _temporary_beside(path: Path) -> Path:

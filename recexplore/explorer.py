@@ -121,16 +121,10 @@ class Explorer:
           InputError: a history that excludes all clusters, or another that can't be explored; see
             `launch.Ready`.
         """
-        self._check_exist(histories)
+        batch = self.batch(novelty, alignment, histories, banned)
         prefix = self._vocabulary.prefix
         padding = self._vocabulary.pad_id
         ready = Ready(novelty, alignment, (prefix, prefix), self._trie, pad_id=padding)
-        batch = Batch(
-            self._prompts(novelty_prompt, histories, novelty),
-            self._prompts(alignment_prompt, histories, alignment),
-            _padded(histories),
-            _padded(banned),
-        )
         ready.check(batch)
         key = jax.random.key(seed)
         rows = self._batch_size if settings.sampler != "exhaustive" else self._rows_at_once()
@@ -139,6 +133,26 @@ class Explorer:
             pad_columns(batch),
             batch_size=min(rows, bucket(len(histories))),
             progress=progress,
+        )
+
+    def batch(
+        self,
+        novelty: Model,
+        alignment: Model,
+        histories: Sequence[History],
+        banned: Sequence[Sequence[int]],
+    ) -> Batch:
+        """Histories as both models read them, in numpy; see `explore`.
+
+        Raises:
+          InputError: a cluster that doesn't exist.
+        """
+        self._check_exist(histories)
+        return Batch(
+            self._prompts(novelty_prompt, histories, novelty),
+            self._prompts(alignment_prompt, histories, alignment),
+            _padded(histories),
+            _padded(banned),
         )
 
     def log_probabilities(

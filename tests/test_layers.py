@@ -18,8 +18,8 @@ ROOMS = {
     "models": {"errors", "distributed"},
     "explorer": {"errors", "artifacts", "tasks", "models", "inference"},
     "export": {"errors", "artifacts", "tasks", "models", "explorer"},
-    "training": {"errors", "distributed", "models"},
-    "inference": {"errors", "models"},
+    "inference": {"errors", "models"},  # never training
+    "training": {"errors", "distributed", "models", "inference"},  # a policy is tuned on draws
     "aot": {"errors", "distributed", "models", "training", "inference"},
     "serving": {"errors", "artifacts", "models", "inference"},
     "simulation": {"errors", "artifacts", "interactions"},

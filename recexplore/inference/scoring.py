@@ -1,4 +1,4 @@
-"""The alignment model's scores of given clusters; each prompt is read once, each cluster too."""
+"""The alignment model's scores of clusters or texts; each prompt is read once, each text too."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,26 @@ def _score_together(
     model: RewardModel, params: dict, trie: Trie, context: Context, clusters: Int[Array, "B C"]
 ) -> Float[Array, "B C"]:
     tokens = jnp.take(trie.sequences, clusters, axis=0)
-    steps = jnp.arange(trie.max_length)
+    return score_texts(model, params, context, tokens, jnp.take(trie.lengths, clusters))
+
+
+def score_texts(
+    model: RewardModel,
+    params: dict,
+    context: Context,
+    tokens: Int[Array, "B C T"],
+    lengths: Int[Array, "B C"],
+) -> Float[Array, "B C"]:
+    """Scores any texts after their prompts, whether they are descriptions or not.
+
+    Args:
+      model: the alignment model.
+      params: its variables.
+      context: B prompts as the model has read them.
+      tokens: C texts for each prompt, right-padded.
+      lengths: of the texts, at least 1.
+    """
+    steps = jnp.arange(tokens.shape[-1])
     positions = context.lengths[:, None, None] + steps[None, None, :]
     hidden, _ = model.apply(
         params,
@@ -67,7 +86,7 @@ def _score_together(
         (steps[:, None] >= steps[None, :])[None, None],
         context.segments,
         context.masks_for(2),
-        read_at=(jnp.take(trie.lengths, clusters) - 1)[..., None],
+        read_at=(lengths - 1)[..., None],
         method="extend",
     )
     return model.apply(params, hidden[..., 0, :], method="score")

@@ -91,6 +91,11 @@ class Trie(NamedTuple):
         """How many tokens tell any two sequences apart: the branching depth."""
         return len(self.levels)
 
+    @property
+    def eos_id(self) -> Int[Array, ""]:
+        """The token that ends every sequence."""
+        return self.sequences[0, self.lengths[0] - 1]
+
 
 def build_trie(
     sequences: Sequence[Sequence[int]], eos_id: int, vocab_size: int, pad_id: int | None = 0
@@ -220,6 +225,25 @@ def first_allowed_below(
     return jnp.take(trie.leaf_order, rank)
 
 
+def which_sequence(trie: Trie, tokens: Int[Array, "*batch T"]) -> Int[Array, "*batch"]:
+    """The sequences that given tokens are, EOS included; -1 for tokens that are none of them.
+
+    Args:
+      trie: all sequences.
+      tokens: any, as wide as the longest sequence; 0 after the end.
+    """
+    # Ranks are in the order of the tokens, so the sequence is found by halves.
+    count = trie.num_sequences
+    low = jnp.zeros(tokens.shape[:-1], jnp.int32)
+    high = jnp.full_like(low, count)
+    for _ in range(count.bit_length()):
+        middle = (low + high) // 2
+        above = _is_after(tokens, _of_rank(trie, middle)) & (middle < high)
+        low, high = jnp.where(above, middle + 1, low), jnp.where(above, high, middle)
+    same = jnp.all(_of_rank(trie, low) == tokens, axis=-1)
+    return jnp.where(same, jnp.take(trie.leaf_order, low, mode="clip"), -1)
+
+
 def children_of(
     trie: Trie, level: Level, nodes: Int[Array, "*batch"]
 ) -> tuple[Int[Array, "*batch C"], Bool[Array, "*batch C"]]:
@@ -227,6 +251,20 @@ def children_of(
     slots = level.slots.reshape((1,) * nodes.ndim + (-1,))
     real = slots < jnp.take(trie.num_children, nodes)[..., None]
     return jnp.where(real, jnp.take(trie.first_child, nodes)[..., None] + slots, ROOT), real
+
+
+def _of_rank(trie: Trie, ranks: Int[Array, "*batch"]) -> Int[Array, "*batch T"]:
+    """The tokens of the sequence of each rank; ranks too high give the last one."""
+    return jnp.take(trie.sequences, jnp.take(trie.leaf_order, ranks, mode="clip"), axis=0)
+
+
+def _is_after(
+    tokens: Int[Array, "*batch T"], others: Int[Array, "*batch T"]
+) -> Bool[Array, "*batch"]:
+    """Whether tokens come after others, by the first place at which they differ."""
+    place = jnp.argmax(tokens != others, axis=-1)[..., None]
+    found = (jnp.take_along_axis(row, place, axis=-1)[..., 0] for row in (tokens, others))
+    return jnp.greater(*found)
 
 
 def _count_below(

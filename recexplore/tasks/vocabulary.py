@@ -220,16 +220,18 @@ class Vocabulary:
     def decode(self, tokens: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         """The text of a prompt's or a description's token ids, or of both joined, up to EOS.
 
-        What stands before every prompt, padding and a description's lead give nothing. Where
-        `pad_id` is None, zeros that fill up an array of prompts can't be told from tokens: cut a
-        row to its length first.
+        What stands before every prompt, padding, a description's lead and ids that are no token of
+        the vocabulary, for which an embedding may have rows, give nothing. Where `pad_id` is None,
+        zeros that fill up an array of prompts can't be told from tokens: cut a row to its length
+        first.
         """
         ids = [int(token) for token in tokens]
         if self.begin and tuple(ids[: len(self.begin)]) == self.begin:
             ids = ids[len(self.begin) :]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        return self._pieces.decode([i for i in ids if i != self.pad_id]).removeprefix(self.lead)
+        real = [i for i in ids if i != self.pad_id and i < self._pieces.size]
+        return self._pieces.decode(real).removeprefix(self.lead)
 
     def spells(self, text: str) -> bool:
         """Whether all of a text has tokens."""

@@ -15,6 +15,7 @@ from recexplore.models.trie import (
     exclude_mask,
     first_allowed_below,
     num_allowed_below,
+    which_sequence,
 )
 
 EOS = 1
@@ -239,3 +240,17 @@ def test_padding_that_is_not_zero_is_no_token_either():
         build_trie([[2, -1, EOS]], EOS, 6, pad_id=None)
     with pytest.raises(InputError, match=r"same tokens \[0, 2, 1\]"):
         build_trie([[0, 2, EOS], [0, 2, EOS]], EOS, 6, pad_id=None)
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_tokens_are_known_for_the_sequence_that_they_are(count):
+    bodies = [[2, 3], [], [5, 4, 2], [2], [3, 3, 3], [4], [2, 3, 5], [5, 4], [2, 2]]
+    sequences = [[*body, EOS] for body in bodies[:count]]
+    trie = build_trie(sequences, EOS, 6)
+    every = np.stack(np.meshgrid(*[np.arange(6)] * trie.max_length), -1)
+    tokens = every.reshape(-1, trie.max_length).astype(np.int32)
+    known = {tuple(row): i for i, row in enumerate(trie.sequences.tolist())}
+    found = jax.jit(which_sequence)(trie, tokens).tolist()
+    assert found == [known.get(tuple(row), -1) for row in tokens.tolist()]
+    assert sorted(i for i in found if i >= 0) == list(range(count))
+    assert int(jax.device_put(trie).eos_id) == EOS
