@@ -139,6 +139,8 @@ def save(
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     writes = jax.process_index() == 0
     with _new_folder(folder) if writes else contextlib.nullcontext() as temporary:
+        if writes:
+            _write_json(temporary / CONFIG_FILE, entries)
         for file, shard in zip(files, shards, strict=True):
             tensors = {
                 name: table[path].to_stored(
@@ -148,9 +150,10 @@ def save(
             }
             if writes:
                 save_file(tensors, temporary / file, metadata={"format": "pt"})
+                # The library lets nobody but the owner read it.
+                shutil.copymode(temporary / CONFIG_FILE, temporary / file)
             del tensors  # or they would still be there while the next file's are fetched
         if writes:
-            _write_json(temporary / CONFIG_FILE, entries)
             if len(shards) > 1:
                 _write_json(temporary / INDEX_FILE, _index(files, shards, _abstract(table, config)))
             for path in tokenizer_files:
