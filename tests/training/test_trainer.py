@@ -146,11 +146,21 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_examples_and_keeps_the_checkpoint(tmp_path):
-    message = r"(?s)loss is (nan|inf) at step 27 \(learning rate 0.00.*examples are 2700, 2701"
-    with pytest.raises(InputError, match=message):
+    message = (
+        r"(?s)loss is (nan|inf) at step 27 \(learning rate 0.00.*examples are 2700, 2701.* 2715"
+    )
+    with pytest.raises(InputError, match=rf"{message}\). The checkpoint of step 20 is kept. Try"):
         run(tmp_path, data=Copying(poison_at=27))
     assert curve(tmp_path)[(20, "validation_loss")] > 0
     saved.load_parameters(tmp_path, Transformer(CONFIG))
+
+
+def test_no_checkpoint_is_promised_where_there_is_none(tmp_path):
+    with pytest.raises(
+        InputError, match=r"at step 7 \(.*\). There is no checkpoint yet. Try a low"
+    ):
+        run(tmp_path, data=Copying(poison_at=7))
+    assert not [*(tmp_path / "checkpoints").iterdir()]
 
 
 @pytest.mark.parametrize(
