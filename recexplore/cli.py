@@ -112,6 +112,7 @@ def _run(arguments: Sequence[str]) -> int:
             told = processes.initialize()
         if told:
             _check_together(chosen)
+    pipeline.check_pretrained(configuration, [s for s in chosen if work.status(s).reason])
     progress = Progress(silent=not processes.is_first())
     with work.locked():
         for stage in chosen:

@@ -8,6 +8,7 @@ arguments, bound by gin. Modules are imported inside the stages, so that asking 
 that nothing is left to do costs no JAX or TensorFlow.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -131,6 +132,44 @@ def _check_histories(configuration: "Configuration", histories: Mapping[str, Any
                 f"{setting} gives {name!r} a history of {length} clusters, but "
                 f"pipeline.aggregate.max_history (MAX_HISTORY) keeps {longest}. Raise it."
             )
+
+
+def check_pretrained(configuration: "Configuration", stages: Sequence[Stage]) -> None:
+    """Checks the pretrained models' folders before there is anything that would be in vain.
+
+    Args:
+      configuration: of the run.
+      stages: that are going to run.
+
+    Raises:
+      InputError: a folder lacks a file, has one that is damaged or not supported, or isn't that of
+        the network that is bound.
+    """
+
+    def bound(selector: str, argument: str, scope: str = "") -> Any:
+        for_all = configuration.value(selector, argument, None)
+        return configuration.value(selector, argument, for_all, scope)
+
+    trained = [stage for stage in stages if stage.function is train]
+    if not trained and not any(stage.function is tokenize for stage in stages):
+        return
+    vocabulary = None
+    if tokenizer := bound("recexplore.tasks.vocabulary.pretrained_vocabulary", "pretrained"):
+        from recexplore.tasks.vocabulary import check_embedding, read_pretrained
+
+        vocabulary = read_pretrained(tokenizer)
+    for stage in trained:
+        if folder := bound(stage.selector, "pretrained", stage.model):
+            from recexplore.models.config_file import check_config
+            from recexplore.models.pretrained import check_folder
+
+            config = check_folder(folder)
+            if vocabulary:
+                check_embedding(vocabulary, config.vocab_size, folder)
+            network = "recexplore.models.transformer.TransformerConfig"
+            fields = {name: bound(network, name, stage.model) for name in vars(config)}
+            said = {name: value for name, value in fields.items() if value is not None}
+            check_config(folder, dataclasses.replace(config, **said))
 
 
 def ingest(work: Path, progress: Progress, *, read_log: Callable[[], Any]) -> None:

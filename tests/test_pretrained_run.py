@@ -1,6 +1,5 @@
 """A run from a pretrained folder, as a person would start it."""
 
-import dataclasses
 import json
 import shutil
 
@@ -75,14 +74,20 @@ def number_of_bytes(folder):
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    """Two pretrained folders, and a log with clusters and feedback, which both begin with."""
+def folders(tmp_path_factory):
+    """Two pretrained folders and their gin files."""
     folder = tmp_path_factory.mktemp("pretrained")
     (folder / "small.gin").write_text(SMALL)
     for family in ("gemma", "qwen"):
         config = small_pretrained.write(folder / family, family, **WIDE)
         (folder / f"{family}.gin").write_text(HEAD + small_pretrained.bindings(config))
-    run = Run(folder / "log", "gemma", LORA)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def log(folders):
+    """A log with clusters and feedback, which all runs begin with."""
+    run = Run(folders / "log", "gemma", LORA)
     assert [run(stage) for stage in ("ingest", "cluster", "aggregate")] == [0, 0, 0]
     return run
 
@@ -193,6 +198,65 @@ def test_the_folder_must_be_named(tokenized, capsys):
     assert "PRETRAINED must be set" in said and "--gin.PRETRAINED=" in said
 
 
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def in_shards(folder):
+    config = pretrained.check_folder(folder)
+    kept = {n: (folder / n).read_bytes() for n in ("tokenizer.json", "tokenizer_config.json")}
+    params = pretrained.load(folder, config)
+    pretrained.save(folder, params, config, shard_bytes=300_000, beside=kept)
+    return sorted(folder.glob("*.safetensors"))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "which is no folder; it should have a tokenizer.json or"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing. "),
+        (lambda f: edit_config(f, model_type="mamba"), "has model_type 'mamba', which isn't"),
+        (lambda f: edit_config(f, num_experts=8), "has num_experts 8; recexplore doesn't know"),
+        (lambda f: edit_config(f, vocab_size=512), "has shape (640, 128), but "),
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor "),
+        (lambda f: truncate(f / "model.safetensors"), "model.safetensors is damaged or not whole"),
+        (lambda f: in_shards(f)[-1].unlink(), "safetensors is missing; "),
+        (lambda f: truncate(in_shards(f)[0]), ".safetensors is damaged or not whole"),
+        (lambda f: (f / "tokenizer.json").unlink(), "a folder without tokenizer.json or "),
+        (lambda f: truncate(f / "tokenizer.json"), "tokenizer.json is not a tokenizer of "),
+    ],
+)
+def test_a_bad_folder_is_refused_before_any_stage(damage, message, folders, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(folders / "gemma", base)
+    damage(base)
+    run = Run(folders / tmp_path.name, "gemma", LORA, pretrained_folder=base)
+    said = run.refused(capsys, "run")
+    assert message in said and str(base) in said
+    assert not run.work.exists()
+
+
+def test_a_folder_of_another_network_is_refused_before_any_stage(folders, tmp_path, capsys):
+    other = "--gin.alignment/transformer.TransformerConfig.mlp_dim=256"
+    run = Run(folders / tmp_path.name, "gemma", LORA)
+    said = run.refused(capsys, "run", other)
+    assert f"mlp_dim is 256, but {run.base}/config.json has 512 (intermediate_size)" in said
+    assert not run.work.exists()
+
+
+def test_a_folder_for_one_model_alone_is_looked_at(folders, tmp_path, capsys):
+    bad, run = tmp_path / "bad", Run(folders / tmp_path.name, "gemma")
+    bad.mkdir()
+    said = run.refused(capsys, "run", f"--gin.alignment/pipeline.train.pretrained='{bad}'")
+    assert f"{bad}/config.json is missing. " in said
+    assert not run.work.exists()
+
+
 @pytest.fixture
 def another(log, tmp_path):
     """A run from a pretrained folder of one's own."""
@@ -222,20 +286,11 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(another, cap
     assert "the tokenizer doesn't match the embedding" in said
 
 
-def test_a_missing_file_of_tensors_is_named(another, capsys):
-    run, config = another("not_whole")
-    names = ("tokenizer.json", "tokenizer_config.json")
-    words = {name: (run.base / name).read_bytes() for name in names}
-    config = dataclasses.replace(config, lora_rank=0)
-    params = pretrained.load(run.base, config)
-    pretrained.save(run.base, params, config, shard_bytes=300_000, beside=words)
+def test_a_file_of_tensors_that_went_missing_is_named(another, capsys):
+    run, _ = another("not_whole")
+    *_, shard = in_shards(run.base)
     assert run("tokenize") == 0
-    shard = max(run.base.glob("*.safetensors"))
     shard.rename(run.base / "moved")
-    capsys.readouterr()
-    said = run.refused(capsys, "train")
-    assert "vocabulary" in said and f"{shard.name} is gone" in said  # it was there for tokenize
-    assert run("tokenize") == 0
     said = run.refused(capsys, "train")
     assert f"{shard} is missing; " in said
 

@@ -30,7 +30,13 @@ from recexplore.models.checkpoint_files import (
     StoredTensor,
     stored_tensors,
 )
-from recexplore.models.config_file import CONFIG_FILE, check_config, read_file
+from recexplore.models.config_file import (
+    CONFIG_FILE,
+    check_config,
+    longest_context,
+    read_config,
+    read_file,
+)
 from recexplore.models.families import config_json, family_of
 from recexplore.models.placing import BLOCK_BYTES, place
 from recexplore.models.tensor_names import (
@@ -46,6 +52,24 @@ from recexplore.models.transformer import TransformerConfig
 _SHARD_BYTES = 2 * 10**9
 # transformers takes another model's ids where a config.json says nothing.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+
+
+def check_folder(folder: Path | str) -> TransformerConfig:
+    """Checks all of a Hugging Face folder that can be told without reading a tensor.
+
+    Args:
+      folder: has config.json and safetensors files.
+
+    Returns:
+      The network's configuration, as long as the network reads at most.
+
+    Raises:
+      InputError: as `load`, but for embeddings that are said to be tied and aren't.
+    """
+    folder = Path(folder)
+    config = read_config(folder, longest_context(folder))
+    _stored(folder, config)
+    return config
 
 
 def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -> dict[str, Any]:
@@ -69,11 +93,10 @@ def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -
     """
     folder = Path(folder)
     check_config(folder, config)
-    said = read_file(folder)
-    stored = stored_tensors(folder, said.pictures)
-    table = tensor_names(said.family, config.tied_embeddings)
+    table, stored = _stored(folder, config)
     sizes = axis_sizes(config)
-    _check_tensors(folder, stored, table, sizes, config)
+    if config.tied_embeddings and OUTPUT_TABLE in stored:
+        _check_tied(stored[OUTPUT_TABLE], stored[MODEL + EMBEDDING_TABLE])
     abstract = _abstract(table, config)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = dict.fromkeys(abstract, here)
@@ -139,6 +162,8 @@ def save(
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     writes = jax.process_index() == 0
     with _new_folder(folder) if writes else contextlib.nullcontext() as temporary:
+        if writes:
+            _write_json(temporary / CONFIG_FILE, entries)
         for file, shard in zip(files, shards, strict=True):
             tensors = {
                 name: table[path].to_stored(
@@ -148,9 +173,10 @@ def save(
             }
             if writes:
                 save_file(tensors, temporary / file, metadata={"format": "pt"})
+                # The library lets nobody but the owner read it.
+                shutil.copymode(temporary / CONFIG_FILE, temporary / file)
             del tensors  # or they would still be there while the next file's are fetched
         if writes:
-            _write_json(temporary / CONFIG_FILE, entries)
             if len(shards) > 1:
                 _write_json(temporary / INDEX_FILE, _index(files, shards, _abstract(table, config)))
             for path in tokenizer_files:
@@ -173,6 +199,17 @@ def _abstract(
             (*layers, *(sizes[axis] for axis in tensor.kept)), config.param_dtype
         )
     return shapes
+
+
+def _stored(
+    folder: Path, config: TransformerConfig
+) -> tuple[Mapping[str, Tensor], dict[str, StoredTensor]]:
+    """Which parameters there are by path, and the folder's tensors by name, which fit them."""
+    said = read_file(folder)
+    stored = stored_tensors(folder, said.pictures)
+    table = tensor_names(said.family, config.tied_embeddings)
+    _check_tensors(folder, stored, table, axis_sizes(config), config)
+    return table, stored
 
 
 def _check_tensors(
@@ -207,11 +244,9 @@ def _check_tensors(
                 f"{CONFIG_FILE} and transformer.TransformerConfig make it {shape}. The folder's "
                 "files don't belong together; download them again."
             )
-    extra = [stored[name] for name in stored if name not in expected]
+    known = {*expected, OUTPUT_TABLE}  # which may be a copy of tied embeddings
+    extra = [stored[name] for name in stored if name not in known]
     extra = [tensor for tensor in extra if not tensor.name.endswith("rotary_emb.inv_freq")]
-    if OUTPUT_TABLE in stored and OUTPUT_TABLE not in expected:
-        _check_tied(stored[OUTPUT_TABLE], stored[MODEL + EMBEDDING_TABLE])
-        extra.remove(stored[OUTPUT_TABLE])
     if extra:
         raise InputError(
             f"{extra[0].file} has tensors that the network of {CONFIG_FILE} doesn't: "

@@ -124,7 +124,7 @@ class Data:
       **shapes: further arguments of `Batches`, for both splits.
 
     Raises:
-      InputError: a split has no examples, or see `Batches`.
+      InputError: a split has no examples, the training split too few for a batch; or see `Batches`.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class Data:
         self.batch_size = batch_size
         self._seed = seed
         self._make = functools.partial(Batches, task, folder, batch_size=batch_size, **shapes)
-        for split in ("train", "validation"):
-            count_examples(folder, split)
+        count_examples(folder, "validation")
+        self._make("train", [0], shuffle=True, seed=seed).check_first_is_full()
 
     def training(self, rows: Rows) -> "Batches":
         """Some rows of endless training batches."""
@@ -248,7 +248,7 @@ class Batches:
                 f"pipeline.train.pack is True, but the examples in {folder} are pairs, which can't "
                 "be packed. Bind it to False for this model."
             )
-        self._folder = folder
+        self._folder, self._batch_size = folder, batch_size
         self._shape = Shape(max_length, room, prefix_length, num_clusters)
         examples = order.ExampleOrder(len(self._files), seed if shuffle else None)
         if pack:
@@ -289,6 +289,21 @@ class Batches:
         self._order.check(position)
         self._place = dict(position)
         self._stream.move_to(self._place)
+
+    def check_first_is_full(self) -> None:
+        """Checks that the first batch is full, where epochs aren't repeated.
+
+        Raises:
+          InputError: there are too few examples.
+        """
+        rows, _ = self._order.take(self._order.start, self._batch_size)
+        if len(rows) < self._batch_size:
+            packed = f", which fill {len(rows):,} rows" if self._lay_out is packed_rows else ""
+            raise InputError(
+                f"pipeline.train.batch_size is {self._batch_size}, but {self._folder} has "
+                f"{len(self._files):,} training examples{packed}. No example may be in a batch "
+                f"twice: bind {len(rows)} at most."
+            )
 
     def _lengths(self, ids: Int[np.ndarray, "P"]) -> Int[np.ndarray, "P"]:
         """Tokens of prompt and description, of pairs the longer one."""

@@ -100,6 +100,25 @@ def train_vocabulary(
     Vocabulary(folder).encode_descriptions(descriptions)
 
 
+def read_pretrained(pretrained: str) -> "Vocabulary":
+    """The vocabulary of a pretrained model.
+
+    Args:
+      pretrained: its folder.
+
+    Raises:
+      InputError: the folder has no tokenizer, or see `Vocabulary`.
+    """
+    source = Path(pretrained)
+    if not any((source / name).is_file() for name in MODEL_FILES):
+        raise InputError(
+            f"vocabulary.pretrained_vocabulary.pretrained (PRETRAINED) is {pretrained!r}, which is "
+            f"{'a folder without' if source.is_dir() else 'no folder; it should have a'} "
+            f"{' or '.join(MODEL_FILES[1:])}. Name the folder of a pretrained model."
+        )
+    return Vocabulary(source)
+
+
 def pretrained_vocabulary(
     folder: Path, prompts: Sequence[str], descriptions: Sequence[str], *, pretrained: str
 ) -> None:
@@ -116,14 +135,7 @@ def pretrained_vocabulary(
         description, can't tell two apart, or joins the end of what all prompts begin with to what
         follows.
     """
-    source = Path(pretrained)
-    if not any((source / name).is_file() for name in MODEL_FILES):
-        raise InputError(
-            f"vocabulary.pretrained_vocabulary.pretrained (PRETRAINED) is {pretrained!r}, which is "
-            f"{'a folder without' if source.is_dir() else 'no folder; it should have a'} "
-            f"{' or '.join(MODEL_FILES[1:])}. Name the folder of a pretrained model."
-        )
-    vocabulary = Vocabulary(source)
+    vocabulary, source = read_pretrained(pretrained), Path(pretrained)
     vocabulary.encode_descriptions(descriptions)
     phrases = " ".join([HISTORY_SEPARATOR, *INSTRUCTIONS])
     if not vocabulary.spells(phrases):

@@ -327,7 +327,7 @@ def _gaps_of_pairs(model, params, batch: Batch, dropout_key=None) -> Float[Array
         raise InputError(
             "objectives.bradley_terry_loss needs examples in pairs, other_tokens beside tokens, "
             f"and not packed; the batch has {', '.join(sorted(batch))}. Train with pairs, or bind "
-            "alignment/pipeline.train.objective to an objective of single examples, such as "
+            "the model's pipeline.train.objective to one of single examples, such as "
             "@objectives.pointwise_loss."
         )
     # Beside each other, so that both stay where the pair is when the batch is dealt out.
@@ -354,12 +354,17 @@ def _sums(losses: Array, right: Array, weights: Array) -> Sums:
 def _check_head(objective: str, model: nn.Module, *fitting: str) -> None:
     head = getattr(model, "head", None)
     if head not in fitting:
-        has = f"the head {head!r}" if head else "none"
+        has, wanted = "none", f"reward_model.RewardModel.head = {fitting[0]!r}"
+        remedy = (
+            "an objective about descriptions, such as @objectives.constrained_description_loss, or "
+            f"pipeline.train.make_network = @reward_model.RewardModel and {wanted}"
+        )
+        if head:
+            has, remedy = f"the head {head!r}", f"{wanted}, or another objective"
         raise InputError(
             f"objectives.{objective} needs a RewardModel with the head {' or '.join(fitting)}; "
-            f"this {type(model).__name__} has {has}. Bind alignment/pipeline.train.make_network = "
-            f"@reward_model.RewardModel and alignment/reward_model.RewardModel.head = "
-            f"{fitting[0]!r}, or another alignment/pipeline.train.objective."
+            f"this {type(model).__name__} has {has}. Bind, with the trained model's name and / in "
+            f"front, {remedy}."
         )
 
 

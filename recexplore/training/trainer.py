@@ -156,7 +156,7 @@ def train(
         profile = Profile(folder, profile_from, profile_steps)
         stack.enter_context(contextlib.closing(profile))
         stack.enter_context(jax.transfer_guard("disallow"))
-        meter, recent, shown = None, _Recent(), {}
+        meter, recent, shown = None, _Recent(start), {}
         for step in range(start + 1, steps + 1):
             profile.before(step)
             asked = time.perf_counter()
@@ -183,6 +183,7 @@ def train(
                 value = shown[f"validation_{chosen}"] if evaluate else None
                 recent.check_all()
                 checkpoints.save(step, _saved(state), batches.position(), value)
+                recent.saved_step = step
                 meter.restart()
             progress(step, steps, **shown)
             if stop and step < steps:
@@ -233,9 +234,13 @@ class _Recent:
     """The last steps, whose losses haven't been looked at.
 
     Looking at a step's loss at once would keep the devices waiting, so it is done two steps later.
+
+    Attributes:
+      saved_step: of the latest checkpoint; 0 for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saved_step: int) -> None:
+        self.saved_step = saved_step
         self._waiting: collections.deque = collections.deque()
         self._last: dict[str, float] = {}
 
@@ -268,8 +273,11 @@ class _Recent:
         more, shown = len(ids) - _IDS_SHOWN, ", ".join(map(str, ids[:_IDS_SHOWN]))
         whose = "the batch's" if jax.process_count() == 1 else "this process's"
         examples = f"; {whose} examples are {shown}{f' and {more} more' if more > 0 else ''}"
+        kept = "There is no checkpoint yet"
+        if self.saved_step:
+            kept = f"The checkpoint of step {self.saved_step} is kept"
         raise SharedError(
             f"{what} is {value} at step {step} (learning rate {self._last['learning_rate']:.3g}"
-            f"{examples if ids else ''}). The last good checkpoint is kept. Try a lower "
+            f"{examples if ids else ''}). {kept}. Try a lower "
             "optimization.Optimization.learning_rate."
         )

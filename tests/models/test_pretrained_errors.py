@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 import shutil
 
@@ -309,6 +310,24 @@ def test_a_network_that_transformers_lacks_is_not_exported(changes, field, tmp_p
 def test_a_context_that_is_shorter_than_a_training_row_is_refused(tmp_path):
     with pytest.raises(InputError, match="length to export is 7, but .*max_length is 64 already"):
         pretrained.save(tmp_path / "model", {"params": {}}, small(), context_length=7)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_an_export_can_be_read_by_whom_any_file_can(umask, tmp_path):
+    config, before = small(), os.umask(umask)
+    try:
+        pretrained.save(
+            tmp_path / "model",
+            random_parameters(config),
+            config,
+            shard_bytes=3_000,
+            beside={"tokenizer.json": b"{}"},
+        )
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert len(modes) > 4
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
 
 
 def test_exporting_replaces_an_export_and_nothing_else(tmp_path):

@@ -113,20 +113,47 @@ def test_validation_batches_are_kept_without_their_masks(tmp_path, vocabulary):
         seqio_tasks.write_examples(EXAMPLES, tmp_path, split, vocabulary)
     task = seqio_tasks.make_task("kept", tmp_path, vocabulary)
     settings = {
-        "batch_size": 8,
+        "batch_size": 6,
         "max_length": 90,
         "longest_description": max(len(vocabulary.encode_description(d)) for d in DESCRIPTIONS),
         "prefix_length": len(vocabulary.prefix),
         "num_clusters": 3000,
         "pack": True,
     }
-    found = seqio_tasks.Data(task, tmp_path, seed=0, **settings).validation(range(1, 8, 2))
-    plain = list(seqio_tasks.Batches(task, tmp_path, "validation", range(1, 8, 2), **settings))
+    found = seqio_tasks.Data(task, tmp_path, seed=0, **settings).validation(range(1, 6, 2))
+    plain = list(seqio_tasks.Batches(task, tmp_path, "validation", range(1, 6, 2), **settings))
     assert len(found) == len(plain) > 0
     for _ in range(2):
         for batch, expected in zip(found, plain, strict=True):
             assert_equal(batch, expected)
     assert len(pickle.dumps(found)) < sum(batch["seen"].nbytes for batch in plain) / 10
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["single", "pairs", "packed"])
+def test_a_batch_without_repetition_must_be_possible(make, tmp_path, vocabulary, kind):
+    examples = PAIRS if kind.get("pairs") else EXAMPLES
+    for split in ("train", "validation"):
+        seqio_tasks.write_examples(examples, tmp_path, split, vocabulary)
+    task = seqio_tasks.make_task("all", tmp_path, vocabulary)
+    shapes = {"max_length": 90, "num_clusters": 5, "prefix_length": len(vocabulary.prefix)}
+    shapes["longest_description"] = max(len(vocabulary.encode_description(d)) for d in DESCRIPTIONS)
+    shapes |= {name: value for name, value in kind.items() if name != "pairs"}
+    epoch = make(repeat=False, batch_size=1, **{"max_length": 90, **kind})
+    most = len(list(epoch))  # rows
+    assert most < 30 if "pack" in kind else most == 45
+
+    def first_of(batch_size):
+        data = seqio_tasks.Data(task, tmp_path, seed=3, batch_size=batch_size, **shapes)
+        return next(data.training(range(batch_size)))
+
+    ids = first_of(most)["example_id"]
+    assert sorted(ids[ids >= 0].tolist()) == list(range(45))
+    for batch_size in (most + 1, 10**12):
+        with pytest.raises(InputError) as raised:
+            first_of(batch_size)
+        assert f"pipeline.train.batch_size is {batch_size}, but " in str(raised.value)
+        assert "has 45 training examples" in str(raised.value)
+        assert f"bind {most} at most" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["single", "pairs", "packed"])

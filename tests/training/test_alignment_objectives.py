@@ -283,5 +283,9 @@ def test_what_an_objective_cannot_use_is_named():
         pointwise(prior=2.0)
     with pytest.raises(InputError, match="examples in pairs.*the batch has label, lengths, tok"):
         sums(objectives.bradley_terry_loss, model, params, batch_of([0]))
+    with pytest.raises(InputError, match="this Transformer has none.*make_network") as raised:
+        sums(objectives.pointwise_loss, *language_model(), batch_of([0]))
+    assert "descriptions, such as @objectives.constrained_description_loss" in str(raised.value)
+    assert "alignment/" not in str(raised.value)  # it may be any model
     with pytest.raises(InputError, match="this Transformer has none.*make_network"):
         sums(objectives.misordered_pairs, *language_model(), batch_of([0]))

@@ -53,11 +53,20 @@ def test_two_processes_train_as_one_and_their_checkpoints_fit_any_number(tmp_pat
 def test_damage_that_one_process_sees_is_left_out_by_both(tmp_path):
     codes, output = ended(start(tmp_path, 2, 2))
     assert codes == [0, 0], output
-    for file in (tmp_path / "checkpoints" / "30" / "state" / "ocdbt.process_1" / "d").iterdir():
-        file.write_bytes(b"")
+    checkpoint = tmp_path / "checkpoints" / "30"
+    assert {path.name for path in checkpoint.glob("digests*")} == {
+        "digests.process_0.json",
+        "digests.process_1.json",
+    }
+    files = (checkpoint / "state" / "ocdbt.process_1" / "d").iterdir()
+    file = max(files, key=lambda file: file.stat().st_size)
+    content = file.read_bytes()
+    file.write_bytes(content[:100] + bytes(byte ^ 255 for byte in content[100:200]) + content[200:])
     codes, output = ended(start(tmp_path, 2, 2, steps=32))
     assert codes == [0, 0], output
-    assert "30 is damaged and left out" in output and "another process can't read it" in output
+    assert output.count("30 is damaged and left out (state/ocdbt.process_1/d/") == 1
+    assert output.count("30: another process can't read it") == 1
+    assert "Traceback" not in output
     assert output.count("step 20\n") == 2 and "step 19\n" not in output
 
 

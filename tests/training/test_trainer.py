@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from copying_task import CONFIG, TRIE, Copying, curve, run, some_batch
 
-from recexplore.distributed import partitioning
+from recexplore.distributed import digests, partitioning
 from recexplore.distributed.checkpoints import Checkpoints
 from recexplore.errors import InputError, Preempted
 from recexplore.models import saved
@@ -92,17 +92,93 @@ def test_a_second_sigterm_does_not_cut_short_what_the_first_one_saves(tmp_path, 
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
 
 
-def test_a_damaged_checkpoint_is_left_out_with_a_warning(tmp_path, caplog):
+def largest_file(checkpoint):
+    """Where most of its numbers are."""
+    files = [file for file in (checkpoint / "state").rglob("d/*") if file.is_file()]
+    return max(files, key=lambda file: (file.stat().st_size, file))
+
+
+def overwrite(file):
+    content = file.read_bytes()
+    file.write_bytes(content[:300] + bytes(byte ^ 255 for byte in content[300:600]) + content[600:])
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "isn't what was written": overwrite,
+    "bytes, not": truncate,
+    "is missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_a_damaged_checkpoint_is_left_out_with_one_line(words, tmp_path, caplog, capfd):
     with pytest.raises(Killed):
         run(tmp_path, data=killed_at(50))
-    for file in (tmp_path / "checkpoints" / "40" / "state").rglob("*"):
+    damaged = tmp_path / "checkpoints" / "40"
+    file = largest_file(damaged)
+    DAMAGES[words](file)
+    steps = []
+    capfd.readouterr()
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, data=Copying(before=steps.append))
+    (said,) = caplog.messages
+    assert said.startswith(f"Checkpoint {damaged} is damaged and left out (")
+    assert str(file.relative_to(damaged)) in said and words in said
+    assert "Traceback" not in capfd.readouterr().err
+    assert steps[0] == 20  # the one before it
+    assert not digests.find_damage(damaged)  # it was made again
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_a_damaged_checkpoint_is_never_used(words, tmp_path):
+    best = run(tmp_path, steps=20).best_step
+    damaged = tmp_path / "checkpoints" / str(best)
+    DAMAGES[words](largest_file(damaged))
+    message = rf"^{damaged} is damaged \(state/.*{words}.*\). Remove {tmp_path} and run"
+    with pytest.raises(InputError, match=message):
+        saved.load_parameters(tmp_path, Transformer(CONFIG))
+
+
+def test_a_checkpoint_that_cannot_be_compared_is_left_out(tmp_path, caplog):
+    with pytest.raises(Killed):
+        run(tmp_path, data=killed_at(50))
+    damaged = tmp_path / "checkpoints" / "20"  # not the best, but who could tell
+    (damaged / "metrics" / "metrics").write_bytes(b"")
+    with pytest.raises(InputError, match=r"20 is damaged \(metrics/metrics has 0 bytes"):
+        saved.load_parameters(tmp_path, Transformer(CONFIG))
+    steps = []
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, data=Copying(before=steps.append))
+    assert steps[0] == 40 and not caplog.messages  # none needed to look at the older one
+
+
+def test_a_checkpoint_whose_digests_were_never_written_counts(tmp_path, caplog):
+    with pytest.raises(Killed):
+        run(tmp_path, data=killed_at(50))
+    for file in (tmp_path / "checkpoints" / "40").glob("digests*"):
+        file.unlink()
+    steps = []
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, data=Copying(before=steps.append))
+    assert steps[0] == 40 and not caplog.messages
+
+
+def test_damage_that_only_the_reader_of_arrays_finds_is_told_too(tmp_path, caplog):
+    with pytest.raises(Killed):
+        run(tmp_path, data=killed_at(50))
+    damaged = tmp_path / "checkpoints" / "40"
+    for file in [*damaged.glob("digests*"), *(damaged / "state").rglob("*")]:
         if file.is_file():
-            file.write_bytes(b"")
+            file.write_bytes(b"") if file.parent != damaged else file.unlink()
     steps = []
     with caplog.at_level(logging.WARNING):
         run(tmp_path, data=Copying(before=steps.append))
     assert "40 is damaged and left out" in caplog.text
-    assert steps[0] == 20  # the one before it
+    assert steps[0] == 20
 
 
 def test_an_unfinished_checkpoint_is_left_out_with_a_warning(tmp_path, caplog):
@@ -146,11 +222,21 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_examples_and_keeps_the_checkpoint(tmp_path):
-    message = r"(?s)loss is (nan|inf) at step 27 \(learning rate 0.00.*examples are 2700, 2701"
-    with pytest.raises(InputError, match=message):
+    message = (
+        r"(?s)loss is (nan|inf) at step 27 \(learning rate 0.00.*examples are 2700, 2701.* 2715"
+    )
+    with pytest.raises(InputError, match=rf"{message}\). The checkpoint of step 20 is kept. Try"):
         run(tmp_path, data=Copying(poison_at=27))
     assert curve(tmp_path)[(20, "validation_loss")] > 0
     saved.load_parameters(tmp_path, Transformer(CONFIG))
+
+
+def test_no_checkpoint_is_promised_where_there_is_none(tmp_path):
+    with pytest.raises(
+        InputError, match=r"at step 7 \(.*\). There is no checkpoint yet. Try a low"
+    ):
+        run(tmp_path, data=Copying(poison_at=7))
+    assert not [*(tmp_path / "checkpoints").iterdir()]
 
 
 @pytest.mark.parametrize(
