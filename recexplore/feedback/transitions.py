@@ -110,6 +110,18 @@ def _novel(moves: ir.Table, look_back: int | None) -> ir.Table:
     return marked.filter(is_novel).drop("before")
 
 
+def _after(moves: ir.Table, interactions: ir.Table, burn_in_days: int | float) -> ir.Table:
+    """The moves after the first days of the log."""
+    if not (math.isfinite(burn_in_days) and burn_in_days >= 0):
+        raise InputError(
+            f"pipeline.aggregate.burn_in_days is {burn_in_days}; it must be a number from 0 on."
+        )
+    if not burn_in_days:
+        return moves
+    start = interactions.timestamp.min().as_scalar() + int(burn_in_days * _DAY)
+    return moves.filter(moves.timestamp >= start)
+
+
 def novel_transitions(
     interactions: ir.Table,
     item_clusters: ir.Table,
@@ -117,6 +129,7 @@ def novel_transitions(
     *,
     max_history: int,
     look_back_days: int | float | None = None,
+    burn_in_days: int | float = 0,
 ) -> ir.Table:
     """TRANSITIONS of a log: every move into a cluster that was new to its user.
 
@@ -132,6 +145,9 @@ def novel_transitions(
       splits: where validation and test begin; a transition belongs where its timestamp is.
       max_history: longest history kept.
       look_back_days: how long a cluster stays known; None: for ever.
+      burn_in_days: first days of the log that tell what users know and give no transitions: where
+        people were active before the log begins, most of what is new in it at first is new to the
+        log only.
 
     Returns:
       Rows with at least two clusters of history. `count_left_out` says how many others there are.
@@ -146,7 +162,7 @@ def novel_transitions(
             f"values of pipeline.tokenize.novelty_histories must be at least {_MIN_HISTORY}."
         )
     moves = _moves(interactions, item_clusters)
-    novel = _novel(moves, look_back)
+    novel = _after(_novel(moves, look_back), interactions, burn_in_days)
     key = ["user_id", "timestamp", "cluster_id"]
 
     engaged = _known(moves.filter(~moves.skipped))
@@ -176,6 +192,7 @@ def count_left_out(
     *,
     num_transitions: int,
     look_back_days: int | float | None = None,
+    burn_in_days: int | float = 0,
 ) -> dict[str, int]:
     """What of a log is in no transition, by reason, for counts.json.
 
@@ -184,21 +201,22 @@ def count_left_out(
       item_clusters: ITEM_CLUSTERS.
       num_transitions: how many `novel_transitions` found.
       look_back_days: as there.
+      burn_in_days: as there.
 
     Returns:
-      "interactions without a cluster", which are ignored altogether, and "novel moves with fewer
-      than 2 clusters of history", every user's first among them.
+      "interactions without a cluster", which are ignored altogether; "novel moves in the first
+      days"; and "novel moves with fewer than 2 clusters of history", every user's first among them.
 
     Raises:
       InputError: as in `novel_transitions`.
     """
     novel = _novel(_moves(interactions, item_clusters), _seconds(look_back_days))
+    late = _after(novel, interactions, burn_in_days).count().to_pyarrow().as_py()
     alone = interactions.anti_join(item_clusters, "item_id")
     return {
         "interactions without a cluster": alone.count().to_pyarrow().as_py(),
-        f"novel moves with fewer than {_MIN_HISTORY} clusters of history": (
-            novel.count().to_pyarrow().as_py() - num_transitions
-        ),
+        "novel moves in the first days": novel.count().to_pyarrow().as_py() - late,
+        f"novel moves with fewer than {_MIN_HISTORY} clusters of history": late - num_transitions,
     }
 
 

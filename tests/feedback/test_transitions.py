@@ -176,8 +176,32 @@ def test_what_is_in_no_transition_is_counted(look_back, events):
         interactions, clusters, num_transitions=found, look_back_days=look_back
     ) == {
         "interactions without a cluster": len(events) - len(known),
+        "novel moves in the first days": 0,
         "novel moves with fewer than 2 clusters of history": len(novel) - found,
     }
+
+
+@settings(max_examples=20, deadline=None)
+@given(events=EVENTS, days=st.integers(1, 5))
+def test_the_first_days_tell_what_users_know_and_give_no_transitions(events, days):
+    interactions, clusters = as_tables(events)
+
+    def rows(burn_in):
+        table = transitions.novel_transitions(
+            interactions, clusters, SPLITS, max_history=3, burn_in_days=burn_in
+        )
+        return table.order_by("timestamp", "user_id", "next_cluster").to_pyarrow().to_pylist()
+
+    first = interactions.timestamp.min().to_pyarrow().as_py()
+    kept = [row for row in rows(0) if row["timestamp"] >= first + days * 86_400]
+    assert rows(days) == kept
+    counted = transitions.count_left_out(
+        interactions, clusters, num_transitions=len(kept), burn_in_days=days
+    )
+    whole = transitions.count_left_out(interactions, clusters, num_transitions=len(kept))
+    short = "novel moves with fewer than 2 clusters of history"
+    early = counted["novel moves in the first days"]
+    assert early + counted[short] == whole[short]
 
 
 def test_time_is_cut_by_shares_of_the_interactions():
