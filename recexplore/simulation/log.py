@@ -23,7 +23,7 @@ def as_log(world: World, days: Sequence[Day], *, seed: int) -> InteractionLog:
       seed: of the items' titles and texts.
     """
     users = pa.array([f"u{user}" for user in range(len(world.tastes))])
-    items = pa.array(_item_ids(world))
+    items = pa.array(item_ids(len(world.item_topics)))
     tables = [_interactions(day, users, items) for day in days]
     return InteractionLog(
         ibis.memtable(pa.concat_tables(tables)),
@@ -61,8 +61,9 @@ def _items(world: World, random: np.random.Generator) -> pa.Table:
         texts.append(
             f"{world.topic_areas[topic]} {world.topic_names[topic]} {' '.join(more)} {noise[1]}"
         )
-    return pa.table({"item_id": _item_ids(world), "title": titles, "text": texts})
+    return pa.table({"item_id": item_ids(len(world.item_topics)), "title": titles, "text": texts})
 
 
-def _item_ids(world: World) -> list[str]:
-    return [f"v{item}" for item in range(len(world.item_topics))]
+def item_ids(num_items: int) -> list[str]:
+    """What the items are called in the log, by number."""
+    return [f"v{item}" for item in range(num_items)]
