@@ -75,6 +75,89 @@ def scaling(
     return _svg(figure)
 
 
+def arms(rows: Sequence[tuple[str, float, float, float]], label: str) -> str:
+    """Each arm's value with its interval, from the first at the top.
+
+    Args:
+      rows: arm in words, value, low, high.
+      label: of the values.
+    """
+    figure, (axis,) = _figure(8.4, 0.36 * len(rows) + 1.0, 1, 1)
+    places = np.arange(len(rows))[::-1]
+    names, *columns = zip(*rows, strict=True)
+    value, low, high = map(np.array, columns)
+    axis.hlines(places, low, high, color=_COLOURS[0], linewidth=2)
+    axis.plot(value, places, "o", color=_COLOURS[0], ms=6)
+    axis.set_yticks(places, names)
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.grid(axis="y", visible=False)
+    axis.set(xlabel=label)
+    return _svg(figure)
+
+
+def best_of_n(rows: Sequence[Mapping[str, float]]) -> str:
+    """Best of n under the truth: satisfaction, distance from the novelty model, diversity.
+
+    Args:
+      rows: of `study.scaling`, at temperature 1.
+    """
+    counts = [row["n"] for row in rows]
+    figure, axes = _figure(9.6, 3.3, 1, 3)
+    panels = (
+        (
+            "true satisfaction",
+            ("oracle_satisfaction", "chosen by the truth", "--"),
+            ("theory_satisfaction", "theory, normal proxy", ":"),
+            ("satisfaction", "chosen by alignment", "-"),
+        ),
+        (
+            "KL from the novelty model",
+            ("divergence_bound", "log n − (n−1)/n", ":"),
+            ("divergence", "best of n", "-"),
+        ),
+        ("clusters shown, effectively", ("effective_clusters", "best of n", "-")),
+    )
+    colours = {"-": _COLOURS[0], "--": _COLOURS[1], ":": _COLOURS[5]}
+    for axis, (label, *lines) in zip(axes, panels, strict=True):
+        for key, name, style in lines:
+            marker = "o" if style == "-" else ""
+            values = [row[key] for row in rows]
+            axis.plot(counts, values, style, color=colours[style], label=name, marker=marker, ms=4)
+        axis.set_xscale("log")
+        axis.set_xticks(counts, [str(n) for n in counts], fontsize=9)
+        axis.minorticks_off()
+        axis.set(xlabel="draws n", ylabel=label)
+        if len(lines) > 1:
+            axis.legend(fontsize=9, frameon=False)
+    return _svg(figure)
+
+
+def tuning(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """What becomes of models tuned on reward, step by step.
+
+    Args:
+      curves: model in words → rows of `experiments.tuning_curve`.
+    """
+    panels = {
+        "valid": "share of valid answers",
+        "reward": "reward (alignment score)",
+        "satisfaction": "true satisfaction",
+        "distinct_clusters": "different clusters",
+    }
+    figure, axes = _figure(9.6, 5.8, 2, 2)
+    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+        for place, (name, rows) in enumerate(curves.items()):
+            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+            style = ("-", "--", "-.")[place // len(_COLOURS) % 3]
+            colour = _COLOURS[place % len(_COLOURS)]
+            axis.plot(steps, values, style, color=colour, label=name, linewidth=1.8)
+        axis.set(xlabel="step", ylabel=label)
+    axes[0].set_ylim(-0.03, 1.03)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return _svg(figure)
+
+
 def reliability(bins: Float[np.ndarray, "3 bins"]) -> str:
     """Mean held-out label against mean prediction, by bin of prediction."""
     figure, (axis,) = _figure(4.6, 4.2, 1, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from recexplore import artifacts
-from recexplore.evaluation import figures
+from recexplore.evaluation import experiment_page, figures
 from recexplore.evaluation.report import Contents, write_report
 from recexplore.interests.cluster_table import ClusterTable
 from recexplore.serving.exploration_table import ExplorationTable
@@ -40,6 +40,7 @@ def write(
     model_folders: Mapping[str, Path],
     novelty_histories: Mapping[str, int],
     num_examples: int,
+    experiment: Path | None = None,
 ) -> None:
     """Writes report.html from the artefacts of all stages before it.
 
@@ -48,6 +49,7 @@ def write(
       model_folders: model → folder with its metrics.jsonl.
       novelty_histories: novelty model → how many clusters of history it reads.
       num_examples: explorations shown in words.
+      experiment: folder of the experiment, where there was one.
     """
     clusters = ClusterTable.read(work / "clusters")
     table = ExplorationTable.read(work / "exploration" / "exploration_table.parquet")
@@ -84,8 +86,21 @@ def write(
         },
         explorations=_some_explorations(table, clusters.descriptions, work, num_examples),
         configuration=(work / "evaluation" / "config.gin").read_text(encoding="utf-8"),
+        **_proofs(metrics, experiment),
     )
     write_report(work / "report.html", contents)
+
+
+def _proofs(metrics: Mapping[str, float], experiment: Path | None) -> dict[str, Any]:
+    if experiment is None:
+        return {}
+    study, examples = (
+        artifacts.read_json(experiment / name) for name in ("study.json", "examples.json")
+    )
+    return {
+        "claims": experiment_page.claims(metrics),
+        "proofs": experiment_page.sections(metrics, study, examples),
+    }
 
 
 def _curves(folder: Path) -> list[dict[str, float]]:

@@ -33,6 +33,8 @@ dl { display: grid; grid-template-columns: 1fr 1fr; column-gap: 3rem; margin: .5
 dl div { display: flex; justify-content: space-between; gap: 1rem; padding: .3rem .2rem;
   border-bottom: 1px solid var(--line); font-size: .92rem; break-inside: avoid; }
 dd { margin: 0; font-variant-numeric: tabular-nums; }
+table.wide { font-size: .8rem; } table.wide td, table.wide th { padding: .35rem .3rem; }
+table.wide td:first-child { min-width: 9.5rem; }
 table.list td { padding: .15rem .7rem; border: 0; }
 table.list tr.first td { border-top: 1px solid var(--line); padding-top: .5rem; }
 table.list tr.last td { padding-bottom: .5rem; }
@@ -65,6 +67,8 @@ class Contents:
         log-probability.
       configuration: the run's bindings, as text.
       baselines: the methods among `methods` that ours should beat.
+      claims: sentences that stand first, as HTML.
+      proofs: heading → HTML of sections that come before all others.
     """
 
     metrics: Mapping[str, float]
@@ -74,6 +78,8 @@ class Contents:
     explorations: Sequence[tuple[Sequence[str], Sequence[tuple[str, float, float]]]]
     configuration: str
     baselines: Sequence[str] = ("popularity", "markov", "pair_markov", "ease")
+    claims: Sequence[str] = ()
+    proofs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_report(path: Path, contents: Contents) -> None:
@@ -89,6 +95,7 @@ def write_report(path: Path, contents: Contents) -> None:
         f"<title>recexplore report</title><style>{_STYLE}</style></head><body>",
         "<h1>Exploration report</h1>",
         _summary(contents),
+        *(f"<h2>{escape(heading)}</h2>{body}" for heading, body in contents.proofs.items()),
         "<h2>Data</h2>",
         _facts(contents.facts),
         "<h2>Finding the next novel cluster</h2>",
@@ -96,10 +103,7 @@ def write_report(path: Path, contents: Contents) -> None:
         "<h2>Predicting collective feedback</h2>",
         _alignment_table(contents.metrics),
         "<h2>Figures</h2>",
-        *(
-            f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
-            for caption, svg in contents.figures.items()
-        ),
+        *(figure(caption, svg) for caption, svg in contents.figures.items()),
         "<h2>Explorations in words</h2>",
         _explorations(contents.explorations),
         f"<h2>Configuration</h2><pre>{escape(contents.configuration)}</pre>",
@@ -109,8 +113,14 @@ def write_report(path: Path, contents: Contents) -> None:
         temporary.write_text("\n".join(parts), encoding="utf-8")
 
 
+def figure(caption: str, svg: str) -> str:
+    """A figure with its caption, as HTML."""
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
+
+
 def _summary(contents: Contents) -> str:
     sentences = [
+        *contents.claims,
         _ranking_sentence(contents, "recall@10", "with the history left out of the ranking"),
         _ranking_sentence(contents, "recall@10_unseen", "with all that the user has seen left out"),
         _alignment_sentence(contents.metrics),
