@@ -19,6 +19,7 @@ from recexplore.progress import Progress
 from recexplore.workdir import Stage, WorkDirectory
 
 _GIN_FLAG = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
+_QUICK = "quick.gin"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _EXIT_BAD_INPUT, _EXIT_PREEMPTED = 2, 143
 
@@ -29,6 +30,8 @@ _STAGES = {
     "tokenize": "train the vocabulary and write training examples",
     "train": "train the novelty models and the alignment model, or the one named by --model",
     "explore": "choose clusters for every history: the exploration table",
+    "tune": "tune the novelty model on the alignment model's score, or the one named by --model",
+    "experiment": "compare all arms on the simulated platform, where the truth is known",
     "evaluate": "measure models and baselines on the held-out period: metrics.json",
     "report": "one page with tables and figures: report.html",
     "run": "all stages in order",
@@ -143,7 +146,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--gin_search_paths", default="", metavar="DIRS", help="more folders for it, with commas"
     )
-    parser.add_argument("--model", metavar="NAME", help="for train: novelty, alignment, …")
+    parser.add_argument("--model", metavar="NAME", help="for train and tune: novelty, alignment, …")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"read {_QUICK} after the other files: a small experiment, in minutes",
+    )
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and why")
     parser.add_argument(
         "--overwrite",
@@ -161,9 +169,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     bindings = [match for argument in arguments if (match := _GIN_FLAG.fullmatch(argument))]
     flags = parser.parse_args([a for a in arguments if not _GIN_FLAG.fullmatch(a)])
     flags.gin_bindings = [f"{match[1]} = {match[2]}" for match in bindings]
+    if flags.quick:
+        flags.gin_file.append(_QUICK)
     flags.gin_search_paths = [path for path in flags.gin_search_paths.split(",") if path]
-    if flags.model and flags.stage != "train":
-        parser.error(f"--model goes with train, not with {flags.stage}")
+    if flags.model and flags.stage not in ("train", "tune"):
+        parser.error(f"--model goes with train and tune, not with {flags.stage}")
     return flags
 
 

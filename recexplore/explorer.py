@@ -21,6 +21,7 @@ from recexplore.inference.best_of_n import Batch, BestOfN, Exploration
 from recexplore.inference.bulk import run_in_batches, silent
 from recexplore.inference.context import Prompts, prefix_cache, read_prompts
 from recexplore.inference.launch import Model, Ready, bucket, check_model, pad_columns
+from recexplore.interests.cluster_table import ClusterTable
 from recexplore.models import saved
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import Transformer
@@ -60,6 +61,23 @@ def load_model(folder: Path, vocabulary: Vocabulary, shared: dict[Any, Any] | No
     pretrained = description.get("pretrained")
     parameters = saved.load_parameters(folder, network, pretrained, shared)
     return Model(network, parameters, description.get("history_length"))  # older ones lack it
+
+
+def load_explorer(
+    work: Path, names: Sequence[str], batch_size: int
+) -> tuple["Explorer", dict[str, Model]]:
+    """What is needed to ask the models of a work directory, and those of the names given.
+
+    Args:
+      work: the work directory.
+      names: of models.
+      batch_size: histories a call of a compiled step.
+    """
+    vocabulary = Vocabulary(work / "vocabulary")
+    descriptions = ClusterTable.read(work / "clusters").descriptions
+    shared: dict[Any, Any] = {}
+    models = {name: load_model(work / "models" / name, vocabulary, shared) for name in names}
+    return Explorer(vocabulary, descriptions, batch_size), models
 
 
 class Explorer:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recexplore import artifacts
+from recexplore import artifacts, experiments
 from recexplore.errors import InputError
 from recexplore.progress import Progress
 from recexplore.workdir import Stage
@@ -57,6 +57,8 @@ def stages(configuration: "Configuration") -> list[Stage]:
     models = [*histories, ALIGNMENT]
     trained = tuple(model_folder(name) for name in models)
     explorers = (model_folder(NOVELTY), model_folder(ALIGNMENT))
+    experimented = _experiment(configuration)
+    proofs = tuple(path for stage in experimented for path in stage.writes)
     rows = (INTERACTIONS, CLUSTERS, FEEDBACK)
     tokens = (VOCABULARY, EXAMPLES)
     return [
@@ -77,14 +79,54 @@ def stages(configuration: "Configuration") -> list[Stage]:
             for name, folder in zip(models, trained, strict=True)
         ),
         Stage("explore", explore, (CLUSTERS, FEEDBACK, VOCABULARY, *explorers), (EXPLORATION,)),
+        *experimented,
         Stage(
             "evaluate",
             evaluate,
-            (CLUSTERS, FEEDBACK, VOCABULARY, *trained, EXPLORATION),
+            (CLUSTERS, FEEDBACK, VOCABULARY, *trained, EXPLORATION, *proofs),
             (EVALUATION, METRICS),
         ),
-        Stage("report", report, (*rows, *trained, EXPLORATION, EVALUATION, METRICS), (REPORT,)),
+        Stage(
+            "report",
+            report,
+            (*rows, *trained, EXPLORATION, *proofs, EVALUATION, METRICS),
+            (REPORT,),
+        ),
     ]
+
+
+def _experiment(configuration: "Configuration") -> list[Stage]:
+    """The stages of an experiment, where one is configured."""
+    if not configuration.value(f"{evaluate.__module__}.evaluate", "experiment", default=False):
+        return []
+    tuned = _tuned(configuration)
+    pair = (model_folder(NOVELTY), model_folder(ALIGNMENT))
+    reads = (CLUSTERS, FEEDBACK, VOCABULARY, *pair)
+    made = tuple(model_folder(name) for name in tuned)
+    tuning = [
+        Stage("tune", experiments.tune, reads, (folder,), model=name, resumes=True)
+        for name, folder in zip(tuned, made, strict=True)
+    ]
+    reads = (INTERACTIONS, *reads, *made)
+    return [*tuning, Stage("experiment", experiments.experiment, reads, (experiments.EXPERIMENT,))]
+
+
+def _tuned(configuration: "Configuration") -> Mapping[str, Any]:
+    """The novelty models tuned on reward, by name."""
+    asked = configuration.value(f"{experiments.__name__}.experiment", "tuned", default={}) or {}
+    made = configuration.value(f"{experiments.__name__}.tune", "variants", default={})
+    if asked != made:
+        raise InputError(
+            "experiments.experiment.tuned and experiments.tune.variants differ. Set TUNED, which "
+            "binds both."
+        )
+    for name, fields in asked.items():
+        if not re.fullmatch(r"\w+", str(name)) or not isinstance(fields, dict):
+            raise InputError(
+                f"experiments.tune.variants (TUNED) maps {name!r} to {fields!r}. It must map names "
+                "of letters, digits and _ to dictionaries of PolicyGradient's fields."
+            )
+    return asked
 
 
 def _check_histories(configuration: "Configuration", histories: Mapping[str, Any]) -> None:
@@ -247,6 +289,7 @@ def aggregate(
     history_length: int,
     max_history: int,
     look_back_days: int | float | None = None,
+    burn_in_days: int | float = 0,
 ) -> None:
     """The log and its clusters → novel transitions, collective feedback, histories.
 
@@ -258,6 +301,7 @@ def aggregate(
       history_length: K of collective feedback and of the exploration table.
       max_history: longest history that any model is to see.
       look_back_days: how long a user knows a cluster; None: for ever.
+      burn_in_days: first days of the log that tell what users know and give no transitions.
     """
     import ibis
     import pyarrow.compute as pc
@@ -274,6 +318,7 @@ def aggregate(
         splits,
         max_history=max(max_history, history_length),
         look_back_days=look_back_days,
+        burn_in_days=burn_in_days,
     )
     table = moves.order_by("timestamp", "user_id", "next_cluster").to_pyarrow()
     collective = collective_feedback(ibis.memtable(table), history_length=history_length)
@@ -281,7 +326,11 @@ def aggregate(
         interactions, item_clusters, history_length=history_length, look_back_days=look_back_days
     )
     left_out = collective.dropped | transitions.count_left_out(
-        interactions, item_clusters, num_transitions=table.num_rows, look_back_days=look_back_days
+        interactions,
+        item_clusters,
+        num_transitions=table.num_rows,
+        look_back_days=look_back_days,
+        burn_in_days=burn_in_days,
     )
     per_split = {
         f"{split} transitions": pc.sum(pc.equal(table["split"], split)).as_py() or 0
@@ -512,9 +561,10 @@ def explore(
       banned: clusters that nobody gets: unsafe, out of stock.
       seed: of the draws.
     """
+    from recexplore.explorer import load_explorer
     from recexplore.serving.exploration_table import ExplorationTable
 
-    explorer, models = _load_explorer(work, (NOVELTY, ALIGNMENT), batch_size)
+    explorer, models = load_explorer(work, (NOVELTY, ALIGNMENT), batch_size)
     histories = _histories(work, explorer.num_clusters, all_histories)
     with progress.bar("explore") as update:
         found = explorer.explore(
@@ -535,19 +585,6 @@ def explore(
         f"  {len(histories):,} histories; for each on average {found.num_distinct.mean():.1f} "
         f"different clusters proposed, of {found.num_allowed.mean():.1f} that could be"
     )
-
-
-def _load_explorer(work: Path, names: Sequence[str], batch_size: int):
-    """What is needed to ask the models of a work directory, and those of the names given."""
-    from recexplore.explorer import Explorer, load_model
-    from recexplore.interests.cluster_table import ClusterTable
-    from recexplore.tasks.vocabulary import Vocabulary
-
-    vocabulary = Vocabulary(work / VOCABULARY)
-    descriptions = ClusterTable.read(work / CLUSTERS).descriptions
-    shared: dict[Any, Any] = {}
-    models = {name: load_model(work / model_folder(name), vocabulary, shared) for name in names}
-    return Explorer(vocabulary, descriptions, batch_size), models
 
 
 def _histories(work: Path, num_clusters: int, all_histories: bool) -> list[list[int]]:
@@ -572,6 +609,7 @@ def evaluate(
     settings: Any,
     proposal_counts: Sequence[int] = (1, 2, 5, 10, 20, 50),
     batch_size: int = 64,
+    experiment: bool = False,
     seed: int = 0,
 ) -> None:
     """Models, baselines and the exploration table, measured on the held-out period.
@@ -584,12 +622,14 @@ def evaluate(
       settings: a BestOfN for the held-out histories, its k at least 10.
       proposal_counts: the n of the scaling curve; those above the n of `settings` are left out.
       batch_size: histories a call of a compiled step.
+      experiment: the run has an experiment, whose figures go into metrics.json as well.
       seed: of the proposals.
     """
     import numpy as np
     import pyarrow.compute as pc
 
     from recexplore.evaluation import baselines, offline
+    from recexplore.explorer import load_explorer
     from recexplore.serving.exploration_table import ExplorationTable
 
     if settings.num_chosen < 10:
@@ -602,7 +642,7 @@ def evaluate(
             "grows with n, so it needs draws: bind 'independent' or 'distinct' for evaluate. The "
             "models over all clusters are evaluated anyway."
         )
-    explorer, models = _load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
+    explorer, models = load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
     size = explorer.num_clusters
     transitions = artifacts.read_table(
         work / FEEDBACK / "transitions.parquet", artifacts.TRANSITIONS
@@ -658,6 +698,8 @@ def evaluate(
         **alignment,
         **offline.exploration_metrics(table, size),
     }
+    if experiment:
+        metrics |= artifacts.read_json(work / experiments.EXPERIMENT / METRICS)
     with artifacts.new_folder(work / EVALUATION) as folder:
         artifacts.write_json(folder / "scaling.json", {**scaling, "k": settings.num_chosen})
         artifacts.write_json(folder / "calibration.json", bins.tolist())
@@ -673,7 +715,12 @@ def evaluate(
 
 
 def report(
-    work: Path, progress: Progress, *, novelty_histories: Mapping[str, int], examples: int = 12
+    work: Path,
+    progress: Progress,
+    *,
+    novelty_histories: Mapping[str, int],
+    examples: int = 12,
+    experiment: bool = False,
 ) -> None:
     """metrics.json and all that lies beside it → one page, report.html.
 
@@ -682,6 +729,7 @@ def report(
       progress: where to say what is going on.
       novelty_histories: novelty model → how many clusters of history it reads.
       examples: explorations shown in words.
+      experiment: the run has an experiment, which the page begins with.
     """
     from recexplore.evaluation import page
 
@@ -690,6 +738,7 @@ def report(
         model_folders={n: work / model_folder(n) for n in (*novelty_histories, ALIGNMENT)},
         novelty_histories=novelty_histories,
         num_examples=examples,
+        experiment=work / experiments.EXPERIMENT if experiment else None,
     )
     progress.say(f"  {work / REPORT}")
 

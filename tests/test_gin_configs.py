@@ -15,6 +15,7 @@ from recexplore.models.transformer import Transformer, TransformerConfig
 FOLDER = Path(__file__).parent.parent / "gin_configs"
 RUNS = {
     "runs/demo.gin": [],
+    "runs/experiment.gin": [],
     "runs/movielens_small.gin": ["MOVIELENS_DIR = '/data'"],
     "runs/log.gin": ["INTERACTIONS = 'a.csv'", "ITEMS = 'b.csv'"],
 }
@@ -31,7 +32,14 @@ PUBLISHED = {  # parameters, as transformers counts them
 def test_every_file_is_covered_here():
     files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.gin")}
     data = {name for name in files if name.startswith("data/")}
-    others = {"pipeline.gin", "ahead.gin", "models/pretrained.gin", "models/lora.gin"}
+    others = {
+        "pipeline.gin",
+        "ahead.gin",
+        "experiment.gin",
+        "quick.gin",
+        "models/pretrained.gin",
+        "models/lora.gin",
+    }
     assert files == {*RUNS, *SIZES, *PUBLISHED, *data, *others}
 
 

@@ -16,7 +16,7 @@ ROOMS = {
     "tasks": {"errors", "artifacts", "interactions", "interests", "feedback"},
     "distributed": {"errors"},
     "models": {"errors", "distributed"},
-    "explorer": {"errors", "artifacts", "tasks", "models", "inference"},
+    "explorer": {"errors", "artifacts", "interests", "tasks", "models", "inference"},
     "export": {"errors", "artifacts", "tasks", "models", "explorer"},
     "inference": {"errors", "models"},  # never training
     "training": {"errors", "distributed", "models", "inference"},  # a policy is tuned on draws
@@ -27,8 +27,9 @@ ROOMS = {
     "configuration": {"errors"},
     "workdir": {"errors", "artifacts", "configuration", "distributed", "progress"},
 }
-EVERYTHING = {*ROOMS, "pipeline", "cli"}
-ROOMS |= {"pipeline": EVERYTHING - {"cli"}, "cli": EVERYTHING}
+STAGES = {*ROOMS, "experiments"}
+EVERYTHING = {*STAGES, "pipeline", "cli"}
+ROOMS |= {"experiments": STAGES, "pipeline": EVERYTHING - {"cli"}, "cli": EVERYTHING}
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio", "clu"}
 MAY_IMPORT_TENSORFLOW = {
     "tasks/seqio_tasks.py",  # SeqIO is TensorFlow
