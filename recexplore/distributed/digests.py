@@ -13,6 +13,7 @@ from pathlib import Path
 
 _BLOCK = 1 << 20  # bytes
 _NAME = "digests.process_{}.json"
+_OURS = "digests.process_*"  # what another process is just writing, too
 _OF_PROCESS = re.compile(r"ocdbt\.process_(\d+)")  # a folder that Orbax gives each process
 
 
@@ -27,7 +28,7 @@ def write(folder: Path, process: int = 0) -> None:
     digests = {
         str(name): _digest(folder / name)
         for name in sorted(names)
-        if _writer(name) == process and not name.match(_NAME.format("*"))
+        if _writer(name) == process and not name.match(_OURS)
     }
     path = folder / _NAME.format(process)
     temporary = path.with_suffix(".tmp")

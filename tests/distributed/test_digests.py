@@ -57,6 +57,13 @@ def test_damage_is_found_by_one_of_however_many(name, processes, checkpoint):
     assert found(checkpoint, processes) == [f"{name} is missing"]
 
 
+def test_what_another_process_is_writing_down_is_no_file_of_the_checkpoint(checkpoint):
+    (checkpoint / "digests.process_1.json").rename(checkpoint / "digests.process_1.tmp")
+    digests.write(checkpoint, 0)
+    (checkpoint / "digests.process_1.tmp").rename(checkpoint / "digests.process_1.json")
+    assert digests.find_damage(checkpoint) == ""
+
+
 def test_some_files_can_be_looked_at_alone(checkpoint):
     (checkpoint / "state/manifest.ocdbt").unlink()
     assert digests.find_damage(checkpoint, under="position/") == ""
