@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "experiment"
 METRICS, STUDY, EXAMPLES = "metrics.json", "study.json", "examples.json"  # in its folder
+_PROMPTS = 16_384  # histories that tuning draws from
 OUTPUTS, ASKED = "outputs.parquet", "asked.json"  # in the folder of a tuned model
 _LONGEST_HISTORY = 2  # M² histories can all be asked about, M³ can't
 _OTHERS = 1  # population over whose users the truth of a history is averaged
@@ -76,13 +77,17 @@ def tune(
     trie = description_trie(vocabulary, ClusterTable.read(work / "clusters").descriptions)
     table = artifacts.read_table(work / "feedback" / "histories.parquet", artifacts.HISTORIES)
     histories = table["history"].to_pylist()
+    often = table["count"].to_numpy().astype(np.float64)
     if len(histories) < 2 * evaluated:
         raise InputError(
             f"experiments.tune.evaluated is {evaluated}, but there are {len(histories)} histories "
             "in the log; at least half of them must remain to tune on."
         )
-    order = np.random.default_rng(seed).permutation(len(histories))
-    watched, used = ([histories[i] for i in some] for some in np.split(order, [evaluated]))
+    random = np.random.default_rng(seed)
+    held_out = random.choice(len(often), evaluated, replace=False, p=often / often.sum())
+    often[held_out] = 0  # the others are tuned on as often as users stand there
+    drawn = random.choice(len(often), _PROMPTS, p=often / often.sum())
+    watched, used = ([histories[i] for i in some] for some in (held_out, drawn))
     folder = work / "models" / name
     description = artifacts.read_json(work / "models" / "novelty" / NETWORK)
     artifacts.write_json(folder / NETWORK, description)
@@ -181,7 +186,9 @@ def experiment(
 
     here = scene(platform.num_users, 0, "the log again")
     _check_same_log(work, here)
-    truth = trial.truth_of_histories(scene(truth_users, _OTHERS, "truth"), history_length)
+    truth = trial.truth_of_histories(
+        scene(truth_users, _OTHERS, "truth"), history_length, settings.novel_to
+    )
     tuned = list(tuned or ())
     explorer, models = load_explorer(work, ["novelty", "alignment", *tuned[:1]], batch_size)
     opinions, make_bandit = _opinions(
@@ -198,7 +205,7 @@ def experiment(
             sample_counts=settings.sample_counts,
             relevance_weight=settings.relevance_weight,
         )
-        started = copy.deepcopy(here) if suppression else here
+        started = copy.deepcopy(here)
         with progress.bar(name) as update:
             outcome = trial.run(
                 started, arms, dataclasses.replace(settings, suppression=share), update
@@ -245,13 +252,17 @@ def _off_policy(
         for kind in ("inverse_propensity", "self_normalised", "doubly_robust"):
             estimate = getattr(value, kind)
             for part, end in zip(estimate, ("", "_low", "_high"), strict=True):
-                row[f"{kind}{end}"] = float(part)
+                if np.isfinite(estimate).all():  # a resample may have no row to tell by
+                    row[f"{kind}{end}"] = float(part)
         rows.append(row)
     return told, rows
 
 
 def _strength(opinions: "Opinions", told: "Randomised") -> dict[str, Any]:
-    """How hard to select by the score, as the randomised feedback likes best."""
+    """How hard to select by the score, as the randomised feedback likes best.
+
+    `chosen` is None where there is too little of it.
+    """
     from recexplore.evaluation import policies, study
 
     contexts, places = np.unique(told.log.contexts[:_STRENGTH_ROWS], return_inverse=True)
@@ -259,13 +270,16 @@ def _strength(opinions: "Opinions", told: "Randomised") -> dict[str, Any]:
     asked = type(told.asked)(*(column[contexts] for column in told.asked))
     log_p = asked.among_allowed(opinions.log_p)
     scores = opinions.scores[asked.histories].astype(np.float64)
-    found = policies.choose_strength(
-        lambda strength: policies.soft_selection(log_p, scores, study.HEADLINE, strength),
-        study.STRENGTHS,
-        log._replace(contexts=places),
-    )
+    try:
+        found = policies.choose_strength(
+            lambda strength: policies.soft_selection(log_p, scores, study.HEADLINE, strength),
+            study.STRENGTHS,
+            log._replace(contexts=places),
+        )
+    except InputError:
+        return {"chosen": None, "curve": []}
     columns = zip(study.STRENGTHS, found.values.tolist(), found.effective.tolist(), strict=True)
-    rows = [{"strength": s, "feedback": v, "effective": e} for s, v, e in columns]
+    rows = [{"strength": s, "feedback": v, "effective": e} for s, v, e in columns if e]
     return {"chosen": found.chosen, "curve": rows}
 
 
@@ -306,12 +320,18 @@ def tuning_curve(folder: Path, truth: Float[np.ndarray, "H M"]) -> list[dict[str
 
 
 def _item_clusters(clusters: "ClusterTable", num_items: int) -> Int[np.ndarray, "I"]:
-    """Cluster of each item of the platform, by the item's number; -1 for one without a cluster."""
+    """Cluster of each item of the platform, by the item's number."""
     from recexplore.simulation.log import item_ids
 
     table = clusters.item_clusters
     of_item = dict(zip(table["item_id"].to_pylist(), table["cluster_id"].to_pylist(), strict=True))
-    return np.array([of_item.get(item, -1) for item in item_ids(num_items)])
+    missing = [item for item in item_ids(num_items) if item not in of_item]
+    if missing:
+        raise InputError(
+            f"{len(missing)} items of experiments.experiment.platform, {missing[0]} first, are not "
+            "in the log's clusters. Use the settings that the log was made with."
+        )
+    return np.array([of_item[item] for item in item_ids(num_items)])
 
 
 def _check_same_log(work: Path, scene: "Scene") -> None:
@@ -462,11 +482,13 @@ def _visits(scene: "Scene", opinions: "Opinions", settings: Any, count: int) -> 
     from recexplore.evaluation.study import Visits
 
     users = np.arange(len(scene.standing.last))
-    histories = scene.standing.histories(users)
-    allowed = scene.standing.allowed(
-        users, novel_to=settings.novel_to, cool_down=settings.cool_down
-    )
+    histories, allowed = scene.standing.histories(users), scene.allowed(users, settings)
     ready = np.flatnonzero((histories >= 0) & (allowed.sum(axis=1) > 1))
+    if not len(ready):
+        raise InputError(
+            "No user of the platform has a whole history and two clusters left to explore. Use "
+            "more clusters, users or days of the log."
+        )
     random = np.random.default_rng([settings.seed, 5])
     users = np.sort(random.choice(ready, min(count, len(ready)), replace=False))
     satisfaction = np.nan_to_num(scene.satisfaction())[users]

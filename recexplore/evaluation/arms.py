@@ -121,9 +121,9 @@ class ThompsonBandit:
         for start in range(0, len(rewards), 50_000):
             rows = slice(start, start + 50_000)
             x = self._features.of_pairs(histories[rows], clusters[rows]).astype(np.float64)
-            residuals = rewards[rows] - x @ self._mean()
             self._precision += x.T @ x
             self._moment += x.T @ rewards[rows]
+            residuals = rewards[rows] - x @ self._mean()
             self._squares += float((residuals**2).sum())
             self._count += len(residuals)
 
@@ -154,7 +154,7 @@ class Features:
       centroids: of the clusters.
       popularity: novel moves into each.
       feedback: mean feedback of those.
-      markov: log-probability of each next cluster, by history code.
+      markov: probability of each next cluster, by history code.
       history_length: K.
       components: of the centroids.
     """
@@ -176,8 +176,9 @@ class Features:
         self._parts = standardised(u[:, :components] * s[:components])
         alone = [np.ones(self._count), standardised(np.log1p(popularity)), standardised(feedback)]
         self._alone = np.stack(alone, axis=1)
+        real = markov.sum(axis=1) > 0  # rows of histories that can be
         logs = np.log(np.maximum(markov, 1e-12))
-        self._markov = (logs - logs.mean()) / max(logs.std(), 1e-9)
+        self._markov = (logs - logs[real].mean()) / max(logs[real].std(), 1e-9)
 
     @property
     def size(self) -> int:

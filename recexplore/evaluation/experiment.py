@@ -8,6 +8,7 @@ item.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,14 +19,24 @@ from recexplore.evaluation.arms import Arm, Asked
 from recexplore.evaluation.standing import Standing
 from recexplore.evaluation.tallies import METRICS, Tallies
 from recexplore.simulation.platform import EXPLORATION, Platform
-from recexplore.simulation.world import Settings, history_satisfaction
+from recexplore.simulation.world import Settings
 
 NOVEL_TO = ("user", "history")
-DISTINCT = "distinct_clusters"  # shown in the slot that arms differ in
+DISTINCT = "distinct_clusters"  # explored in an arm
 SAME = "same_treatment"  # users split in two although nothing differs
 _OURS = "best_of_20"
-_RIVALS = ("novelty_only", "random_novel", "popular_novel", "markov", "bandit", "alignment_only")
-CLAIMS = tuple((_OURS, rival) for rival in (*_RIVALS, "policy_gradient"))
+RIVALS = (
+    "control",
+    "random_novel",
+    "popular_novel",
+    "markov",
+    "bandit",
+    "novelty_only",
+    "alignment_only",
+    "exhaustive",
+    "policy_gradient",
+)
+CLAIMS = tuple((_OURS, rival) for rival in RIVALS)
 _CALIBRATED = ("positive_playback_rate", "ueuc", "daily_active_users")
 _ITEM_TEMPERATURE = 0.1  # of the choice among a cluster's items
 _MODEST = 5.0  # users' worth of what is known of the last cluster alone, in a history's truth
@@ -71,6 +82,20 @@ class Experiment:
                 raise InputError(f"experiment.Experiment.{field} is {value!r}; it {rule}.")
 
 
+class Visits(NamedTuple):
+    """Users at the end of a day.
+
+    Attributes:
+      users: who.
+      histories: their histories' codes.
+      new: clusters that they never engaged with.
+    """
+
+    users: Int[np.ndarray, "R"]
+    histories: Int[np.ndarray, "R"]
+    new: Bool[np.ndarray, "R M"]
+
+
 class Scene:
     """A platform at the end of its log, with where its users stand.
 
@@ -89,8 +114,7 @@ class Scene:
       standing: of its users.
       before: tallies of the pre-period.
       impressions: of the log.
-      visits: (user, history code) of everyone with a whole history at the end of each day of the
-        log's second half.
+      visits: everyone with a whole history at the end of each day of the log's second half.
     """
 
     def __init__(
@@ -111,18 +135,18 @@ class Scene:
         self._slot = settings.exploration_slot
         self.before = self.tallies()
         self.impressions = 0
-        visits = []
+        self.visits: list[Visits] = []
         for day in range(log_days):
             if day == max(log_days - pre_period, 0):
                 self.before = self.tallies()
             users = self.platform.arrive()
             self.impressions += len(self.live(self.before, None, 0.0).users)
-            if 2 * day >= log_days:
+            if 2 * day >= log_days - 1:
                 codes = self.standing.histories(users)
-                visits.append(np.stack([users, codes])[:, codes >= 0])
+                users, codes = users[codes >= 0], codes[codes >= 0]
+                self.visits.append(Visits(users, codes, self.standing.engaged[users] == 0))
             if progress:
                 progress(day + 1, log_days)
-        self.visits = np.concatenate(visits, axis=1)
 
     def tallies(self) -> Tallies:
         """Empty ones, from here on."""
@@ -141,6 +165,18 @@ class Scene:
         popularity = self.platform.recommender.popularity(day)
         return np.exp(popularity / _ITEM_TEMPERATURE) * self.platform.world.uploaded(day)
 
+    def allowed(
+        self, users: Int[np.ndarray, "A"], settings: "Experiment"
+    ) -> Bool[np.ndarray, "A M"]:
+        """Clusters that users may explore today: new to them, and with something to show."""
+        allowed = self.standing.allowed(
+            users, novel_to=settings.novel_to, cool_down=settings.cool_down
+        )
+        uploaded = self.platform.world.uploaded(self.platform.day)
+        return allowed & (
+            np.bincount(self.item_clusters[uploaded], minlength=self.num_clusters) > 0
+        )
+
     def satisfaction(self) -> Float[np.ndarray, "U M"]:
         """The truth: every user's expected satisfaction with each cluster's items."""
         return self.platform.world.cluster_satisfaction(
@@ -148,27 +184,40 @@ class Scene:
         )
 
 
-def truth_of_histories(scene: Scene, history_length: int) -> Float[np.ndarray, "H M"]:
-    """Expected satisfaction with each cluster, averaged over the users who have a history.
+def truth_of_histories(
+    scene: Scene, history_length: int, novel_to: str = "user"
+) -> Float[np.ndarray, "H M"]:
+    """Expected satisfaction with each cluster, averaged over the users who have a history and to
+    whom the cluster may be shown.
 
-    For a history that n visits had, with mean m, whose last cluster's visits have mean t:
-    (n m + 5 t) / (n + 5); so a history that hardly anyone has is told what is known of its last
-    cluster. Rows by `history_code`.
+    For n such visits with mean m, and mean t over all visits with the same last cluster:
+    (n m + 5 t) / (n + 5); so where hardly anyone is, the last cluster alone says what is known.
+    Rows by `history_code`.
 
     Args:
       scene: of users other than those of the experiment, lest the truth know them personally.
       history_length: K.
+      novel_to: as in `Experiment`: 'user' averages over those who never engaged with the cluster.
     """
     size = scene.num_clusters
-    users, codes = scene.visits
     satisfaction = np.nan_to_num(scene.satisfaction())
-    mean, count = history_satisfaction(satisfaction, codes, size**history_length, users=users)
-    by_last, of_last = history_satisfaction(satisfaction, codes % size, size, users=users)
-    overall = satisfaction.mean(axis=0)
-    by_last = np.where(of_last[:, None] > 0, np.nan_to_num(by_last), overall)
-    fallback = by_last[np.arange(size**history_length) % size]
-    weight = (count / (count + _MODEST))[:, None]
-    return (weight * np.nan_to_num(mean) + (1 - weight) * fallback).astype(np.float32)
+    total = np.zeros((size**history_length, size))
+    count = np.zeros_like(total)
+    for visits in scene.visits:
+        wanted = visits.new if novel_to == "user" else np.ones_like(visits.new)
+        places = np.argsort(visits.histories, kind="stable")
+        codes, starts = np.unique(visits.histories[places], return_index=True)
+        wanted = wanted[places]
+        values = satisfaction[visits.users[places]] * wanted
+        total[codes] += np.add.reduceat(values, starts, axis=0)
+        count[codes] += np.add.reduceat(wanted.astype(np.float64), starts, axis=0)
+    last = np.arange(len(total)) % size
+    by_last, of_last = np.zeros((size, size)), np.zeros((size, size))
+    np.add.at(by_last, last, total)
+    np.add.at(of_last, last, count)
+    overall = total.sum(axis=0) / np.maximum(count.sum(axis=0), 1)
+    fallback = np.where(of_last > 0, by_last / np.maximum(of_last, 1), overall)[last]
+    return ((total + _MODEST * fallback) / (count + _MODEST)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +242,7 @@ class Outcome:
         """Metric → its value in an arm."""
         own, options = self._sums(self._users(name)), self._options
         ratios = statistics.bootstrap_ratio(own.numerator, own.denominator, *options)
-        shown = self.tallies.explored[self._users(name)]
+        shown = self._shown(name)
         distinct = statistics.bootstrap_statistic(shown, statistics.distinct, *options)
         return {**_apart(ratios), DISTINCT: distinct}
 
@@ -201,7 +250,7 @@ class Outcome:
         """Metric → its relative change in an arm against another, with CUPED."""
         arms = [self._users(arm) for arm in (name, control)]
         ratios = statistics.compare(*map(self._sums, arms), *self._options)
-        shown = (self.tallies.explored[users] for users in arms)
+        shown = map(self._shown, (name, control))
         distinct = statistics.compare_statistic(*shown, statistics.distinct, *self._options)
         return {**_apart(ratios), DISTINCT: distinct}
 
@@ -232,6 +281,12 @@ class Outcome:
     @property
     def _options(self) -> tuple[int, int]:
         return self.settings.bootstrap_samples, self.settings.seed
+
+    def _shown(self, name: str) -> Int[np.ndarray, "U M"]:
+        """How often each cluster was explored; by an arm that doesn't, what stood in the slot."""
+        users = self._users(name)
+        explored = self.tallies.explored[users]
+        return explored if explored.any() else self.tallies.in_slot[users]
 
     def _users(self, name: str) -> Bool[np.ndarray, "U"]:
         return self.arm_of == self.names.index(name)
@@ -274,9 +329,7 @@ def run(
     for day in range(settings.num_days):
         users = scene.platform.arrive()
         histories = scene.standing.histories(users)
-        allowed = scene.standing.allowed(
-            users, novel_to=settings.novel_to, cool_down=settings.cool_down
-        )
+        allowed = scene.allowed(users, settings)
         ready = (histories >= 0) & allowed.any(axis=1)
         clusters = np.full(len(users), -1)
         asked: dict[str, tuple[np.ndarray, Asked]] = {}
@@ -326,7 +379,8 @@ def pick_items(
     """An item of each cluster, drawn in proportion to the items' weights; -1 for cluster -1."""
     order = np.argsort(item_clusters, kind="stable")
     cumulative = np.concatenate([[0.0], np.cumsum(weights[order], dtype=np.float64)])
-    bounds = np.searchsorted(item_clusters[order], np.arange(item_clusters.max() + 2))
+    most = max(item_clusters.max(), clusters.max(initial=0))
+    bounds = np.searchsorted(item_clusters[order], np.arange(most + 2))
     low, high = cumulative[bounds[clusters]], cumulative[bounds[clusters + 1]]
     picks = low + random.random(len(clusters)) * (high - low)
     places = np.searchsorted(cumulative, picks, side="right") - 1

@@ -20,7 +20,16 @@ ARMS = {
     "policy_gradient": "novelty model tuned on reward",
     "oracle": "best of 20 by the truth",
 }
-_BASELINES = ("control", "random_novel", "popular_novel", "markov", "bandit")
+_RIVALS = (
+    "control",
+    "random_novel",
+    "popular_novel",
+    "markov",
+    "bandit",
+    "alignment_only",
+    "exhaustive",
+    "policy_gradient",
+)
 _OURS, _SINGLE = "best_of_20", "novelty_only"
 _COLUMNS = (  # metric, is a change, heading
     ("slot_positive_playback_rate", False, "slot played"),
@@ -47,7 +56,13 @@ _LIMITS = {
 
 def claims(metrics: Mapping[str, float]) -> list[str]:
     """What the experiment says of what was to be shown, in sentences; whatever it is."""
-    found = [_against(metrics, _SINGLE), _baselines(metrics), _gap(metrics), _novelty(metrics)]
+    found = [
+        _against(metrics, _SINGLE),
+        _rivals(metrics, "positive_playback_rate", "positive playback rate"),
+        _rivals(metrics, "ueuc", "number of unique engaged pairs"),
+        _gap(metrics),
+        _novelty(metrics),
+    ]
     return [sentence for sentence in found if sentence]
 
 
@@ -109,25 +124,25 @@ def _against(metrics: Mapping[str, float], other: str) -> str:
     )
 
 
-def _baselines(metrics: Mapping[str, float]) -> str:
-    """Which baselines best of 20 beats and which it doesn't, by interval."""
-    beaten, level, ahead = [], [], []
-    for other in _BASELINES[1:]:
-        key = f"experiment/{_OURS}/positive_playback_rate_against_{other}"
+def _rivals(metrics: Mapping[str, float], metric: str, words: str) -> str:
+    """Which arms best of 20 is above, level with and below in a metric, by interval."""
+    above, level, below = [], [], []
+    for other in _RIVALS:
+        key = f"experiment/{_OURS}/{metric}_against_{other}"
         if f"{key}_high" not in metrics:
             continue
-        where = beaten if metrics[f"{key}_low"] > 0 else level
-        (ahead if metrics[f"{key}_high"] < 0 else where).append(ARMS[other])
+        where = above if metrics[f"{key}_low"] > 0 else level
+        (below if metrics[f"{key}_high"] < 0 else where).append(ARMS[other])
     parts = [
         f"{verdict} {escape(', '.join(names))}"
         for verdict, names in (
-            ("above", beaten),
+            ("above", above),
             ("not clearly different from", level),
-            ("below", ahead),
+            ("below", below),
         )
         if names
     ]
-    return f"Its positive playback rate is {'; '.join(parts)}." if parts else ""
+    return f"Its {words} is {'; '.join(parts)}." if parts else ""
 
 
 def _gap(metrics: Mapping[str, float]) -> str:
@@ -142,11 +157,12 @@ def _gap(metrics: Mapping[str, float]) -> str:
 
 def _novelty(metrics: Mapping[str, float]) -> str:
     shares = [metrics.get(f"experiment/{arm}/novel_share") for arm in (_OURS, _SINGLE)]
-    if None in shares:
+    change = _change(metrics, _OURS, "novel_share", _SINGLE)
+    if None in shares or not change:
         return ""
     return (
         f"Of its impressions <b>{shares[0]:.1%}</b> are in clusters new to the user, of the "
-        f"novelty model's alone {shares[1]:.1%}."
+        f"novelty model's alone {shares[1]:.1%}: a change of {change}."
     )
 
 
@@ -177,7 +193,24 @@ def _arms(metrics: Mapping[str, float], experiment: str) -> str:
         "are changes of the whole page against no exploration, with what users did before taken "
         "out (CUPED). Small figures are 95 % intervals, users resampled. UEUC: unique engaged "
         "user–cluster pairs a user.</p>"
+        + _alike(metrics)
         + figure("Positive playbacks of the slot, by arm.", figures.arms(rows, "share played"))
+    )
+
+
+def _alike(metrics: Mapping[str, float]) -> str:
+    """How often intervals see a difference where there is none."""
+    names = {
+        "positive_playback_rate": "positive playback",
+        "ueuc": "UEUC",
+        "daily_active_users": "daily active users",
+    }
+    rates = ", ".join(
+        f"{words} {metrics[f'same_treatment/{name}']:.1%}" for name, words in names.items()
+    )
+    return (
+        "<p class='soft'>When users are split in two for nothing, the intervals see a difference "
+        f"in this share of splits (it should be 5 %): {rates}.</p>"
     )
 
 
@@ -276,10 +309,21 @@ def _hedges(study: Mapping[str, Any]) -> str:
     return (
         "<table><thead><tr><th>best of 20, chosen by</th><th class='n'>alignment score</th>"
         "<th class='n'>true satisfaction</th><th class='n'>clusters, effectively</th>"
-        f"<th class='n'>KL</th></tr></thead><tbody>{lines}</tbody></table><p class='soft'>Soft: "
-        "one of the 20, with probability in proportion to "
-        f"exp({study['strength']['chosen']:g} · score); at that strength feedback in randomly "
-        "filled slots is highest.</p>"
+        f"<th class='n'>KL</th></tr></thead><tbody>{lines}</tbody></table>{_soft(study)}"
+    )
+
+
+def _soft(study: Mapping[str, Any]) -> str:
+    chosen = study["strength"]["chosen"]
+    if chosen is None:
+        return (
+            "<p class='soft'>There was too little feedback in randomly filled slots to choose a "
+            "softer selection on.</p>"
+        )
+    return (
+        "<p class='soft'>Soft: one of the 20, with probability in proportion to "
+        f"exp({chosen:g} · score); of the strengths that can be told, feedback in randomly filled "
+        "slots is highest there.</p>"
     )
 
 
@@ -292,11 +336,7 @@ def _off_policy(rows: Sequence[Mapping[str, Any]]) -> str:
     }
     lines = []
     for row in rows:
-        cells = "".join(
-            f"<td class='n'>{row[kind]:.3f}<br><span class='interval'>"
-            f"{row[f'{kind}_low']:.3f} to {row[f'{kind}_high']:.3f}</span></td>"
-            for kind in kinds
-        )
+        cells = "".join(_cell(row, kind, change=False) for kind in kinds)
         lines.append(
             f"<tr><td>{escape(ARMS[row['arm']])}</td><td class='n'>{row['truth']:.3f}</td>{cells}"
             f"<td class='n'>{row['effective']:.0f}</td></tr>"
@@ -305,6 +345,7 @@ def _off_policy(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"<table><thead><tr><th>watch fraction in the slot</th><th class='n'>truth</th>{heads}"
         f"<th class='n'>rows' worth</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
-        "<p class='soft'>What the log's randomly filled slots say of arms that were not tried, and "
-        "what they get when the same days are lived with them.</p>"
+        "<p class='soft'>What randomly filled slots on the days after the log say of arms that "
+        "were not tried, and what each gets when one of those days is lived with it; items are "
+        "drawn uniformly from the cluster.</p>"
     )

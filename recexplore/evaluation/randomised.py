@@ -60,9 +60,7 @@ def live_days(
     for day in range(days):
         users = here.platform.arrive()
         histories = here.standing.histories(users)
-        allowed = here.standing.allowed(
-            users, novel_to=settings.novel_to, cool_down=settings.cool_down
-        )
+        allowed = here.allowed(users, settings)
         ready = np.flatnonzero((histories >= 0) & allowed.any(axis=1))
         asked = Asked(histories[ready], allowed[ready])
         uploaded = here.platform.world.uploaded(here.platform.day)

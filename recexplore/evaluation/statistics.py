@@ -241,9 +241,11 @@ def _without_earlier_differences(treated: Sums, control: Sums) -> tuple[Sums, Su
         return arms
     if any(part is None for part in earlier):
         raise InputError("Earlier sums must be given for both arms, numerator and denominator.")
-    before = _ratio(
-        sum(arm.earlier_numerator.sum(axis=0) for arm in arms),
-        sum(arm.earlier_denominator.sum(axis=0) for arm in arms),
+    before = np.nan_to_num(  # a metric without a past has nothing to take out
+        _ratio(
+            sum(arm.earlier_numerator.sum(axis=0) for arm in arms),
+            sum(arm.earlier_denominator.sum(axis=0) for arm in arms),
+        )
     )
     # Linearised, a ratio is a mean over users; the earlier one's is 0 over both arms together.
     above = [arm.earlier_numerator - before * arm.earlier_denominator for arm in arms]

@@ -159,14 +159,17 @@ def samplers(visits: Visits, sample_counts: Sequence[int] = (2, 5, 10, 20)) -> l
 
 
 def hedges(
-    visits: Visits, ensemble: Float[np.ndarray, "E R M"], strength: float, n: int = HEADLINE
+    visits: Visits,
+    ensemble: Float[np.ndarray, "E R M"],
+    strength: float | None,
+    n: int = HEADLINE,
 ) -> list[Row]:
     """What may be done against trusting the proxy too far, at the same n.
 
     Args:
       visits: whom to ask.
       ensemble: scores of several alignment models, the first of them the one in use.
-      strength: of soft selection, chosen on held-out feedback.
+      strength: of soft selection, chosen on held-out feedback; None: it couldn't be.
       n: draws.
     """
     made: dict[str, Callable[[], np.ndarray]] = {
@@ -182,6 +185,8 @@ def hedges(
     }
     if len(ensemble) < 2:
         made = {name: make for name, make in made.items() if "ensemble" not in name}
+    if strength is None:
+        del made["soft"]
     return [{"hedge": name, **describe(visits, make())} for name, make in made.items()]
 
 
@@ -196,7 +201,7 @@ def strengths(visits: Visits, n: int = HEADLINE) -> list[Row]:
 
 def everything(
     visits: Visits,
-    strength: float,
+    strength: float | None,
     progress: Callable[..., None],
     ensemble: Sequence[np.ndarray] = (),
 ) -> dict[str, Any]:

@@ -21,7 +21,8 @@ class Tallies:
       exploration_slot: the place on the page that arms differ in.
 
     Attributes:
-      explored: how often each cluster was shown to each user in the exploration slot.
+      explored: how often each cluster was explored with each user.
+      in_slot: how often each stood in the slot that arms differ in, whoever put it there.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Tallies:
         self._engaged = engaged_before.copy()
         self._met = np.zeros(engaged_before.shape, bool)
         self.explored = np.zeros(engaged_before.shape, np.int16)
+        self.in_slot = np.zeros(engaged_before.shape, np.int16)
         self._sums: dict[str, np.ndarray] = {}
         self._num_users, self._days = num_users, 0
 
@@ -48,7 +50,8 @@ class Tallies:
         positive, slot = day.watch_fraction >= ENGAGED, day.slots == self._slot
         explored = day.source == EXPLORATION
         self._met[day.users[positive], novelty.clusters[positive]] = True
-        self.explored[day.users[slot], novelty.clusters[slot]] += 1  # one row a user and day
+        self.in_slot[day.users[slot], novelty.clusters[slot]] += 1  # one row a user and day
+        self.explored[day.users[explored], novelty.clusters[explored]] += 1
         columns = {
             "impressions": np.ones(len(positive)),
             "positive": positive,

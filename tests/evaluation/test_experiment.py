@@ -120,7 +120,7 @@ def test_metrics_are_what_counting_finds(scene):
     assert ratio("interests_gained") == [gained.sum(), SETTINGS.num_users]
     slot = slots == SETTINGS.exploration_slot
     assert ratio("slot_positive_playback_rate") == [(slot & (watch >= ENGAGED)).sum(), slot.sum()]
-    assert tallies.explored.sum() == slot.sum()
+    assert tallies.in_slot.sum() == slot.sum() and tallies.explored.sum() == 0
     assert ratio("explored_share")[0] == 0
 
 
@@ -286,13 +286,21 @@ def test_users_of_another_population_have_the_same_clusters(item_clusters):
     truth = experiment.truth_of_histories(others, 2)
     assert truth.shape == (1600, 40)
     assert np.isfinite(truth).all() and (truth > 0).all() and (truth < 1).all()
-    users, codes = others.visits
-    often = np.bincount(codes, minlength=1600).argmax()
-    there = users[codes == often]
-    own = others.satisfaction()[there].mean(axis=0)
-    last = others.satisfaction()[users[codes % 40 == often % 40]].mean(axis=0)
-    n = len(there)
-    np.testing.assert_allclose(truth[often], (n * own + 5 * last) / (n + 5), rtol=1e-4)
+    satisfaction = others.satisfaction()
+    codes = np.concatenate([visits.histories for visits in others.visits])
+    often = int(np.bincount(codes, minlength=1600).argmax())
+    for novel_to in ("user", "history"):
+        truth = experiment.truth_of_histories(others, 2, novel_to)
+        for cluster in (0, 11, 25):
+            own, last = [], []
+            for visits in others.visits:
+                for user, code, new in zip(*visits, strict=True):
+                    if code % 40 == often % 40 and (new[cluster] or novel_to == "history"):
+                        last.append(satisfaction[user, cluster])
+                        if code == often:
+                            own.append(satisfaction[user, cluster])
+            expected = (sum(own) + 5 * np.mean(last)) / (len(own) + 5)
+            assert truth[often, cluster] == pytest.approx(expected, rel=1e-4)
 
 
 def test_intervals_of_a_split_for_nothing_hold_what_they_promise(scene):

@@ -254,3 +254,13 @@ def test_one_in_twenty_comparisons_of_likes_excludes_zero():
     users = np.repeat(np.arange(1000), 5)
     wrong = statistics.false_positive_rate(rows, users, salts[:100], samples=100)
     assert wrong.low > 0.2
+
+
+def test_a_metric_without_a_past_is_compared_as_if_nothing_were_known():
+    random = np.random.default_rng(0)
+    arms = [statistics.Sums(random.random(200) + more, np.ones(200)) for more in (0.2, 0.0)]
+    nothing = np.zeros(200)
+    with_past = [
+        arm._replace(earlier_numerator=nothing, earlier_denominator=nothing) for arm in arms
+    ]
+    np.testing.assert_allclose(statistics.compare(*with_past), statistics.compare(*arms))
