@@ -235,7 +235,7 @@ def _off_policy(
     opinions: "Opinions",
     arms: dict[str, "Arm"],
     days: int,
-) -> tuple["Randomised", list[dict[str, float]]]:
+) -> tuple["Randomised", list[dict[str, Any]]]:
     """What the log's randomised share says of some arms, beside what they are truly worth."""
     from recexplore.evaluation import off_policy, randomised
 
@@ -283,7 +283,7 @@ def _strength(opinions: "Opinions", told: "Randomised") -> dict[str, Any]:
     return {"chosen": found.chosen, "curve": rows}
 
 
-def tuning_curve(folder: Path, truth: Float[np.ndarray, "H M"]) -> list[dict[str, float]]:
+def tuning_curve(folder: Path, truth: Float[np.ndarray, "H M"]) -> list[dict[str, Any]]:
     """What became of a tuned model's answers, step by step.
 
     Args:

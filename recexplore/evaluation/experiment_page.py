@@ -214,7 +214,7 @@ def _alike(metrics: Mapping[str, float]) -> str:
     )
 
 
-def _cell(metrics: Mapping[str, float], key: str, change: bool) -> str:
+def _cell(metrics: Mapping[str, Any], key: str, change: bool) -> str:
     key = f"{key}_change" if change else key
     if f"{key}_high" not in metrics:
         return "<td class='n'>–</td>"

@@ -23,7 +23,7 @@ _STYLE = {
 }
 
 
-def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, float | int]]]) -> str:
     """Training and validation loss by step, one panel a model.
 
     Args:
@@ -95,7 +95,7 @@ def arms(rows: Sequence[tuple[str, float, float, float]], label: str) -> str:
     return _svg(figure)
 
 
-def best_of_n(rows: Sequence[Mapping[str, float]]) -> str:
+def best_of_n(rows: Sequence[Mapping[str, float | int]]) -> str:
     """Best of n under the truth: satisfaction, distance from the novelty model, diversity.
 
     Args:
@@ -132,7 +132,7 @@ def best_of_n(rows: Sequence[Mapping[str, float]]) -> str:
     return _svg(figure)
 
 
-def tuning(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def tuning(curves: Mapping[str, Sequence[Mapping[str, float | int]]]) -> str:
     """What becomes of models tuned on reward, step by step.
 
     Args:

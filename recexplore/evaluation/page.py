@@ -103,7 +103,7 @@ def _proofs(metrics: Mapping[str, float], experiment: Path | None) -> dict[str, 
     }
 
 
-def _curves(folder: Path) -> list[dict[str, float]]:
+def _curves(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = []

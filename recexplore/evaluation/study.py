@@ -20,7 +20,7 @@ KEPT = (1, 2, 5, 10, 20)
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 _DRAWS = 200  # for what has no closed form
 
-Row = dict[str, float]
+Row = dict[str, float | int | str]
 
 
 class Visits(NamedTuple):
