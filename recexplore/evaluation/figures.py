@@ -128,7 +128,7 @@ def best_of_n(rows: Sequence[Mapping[str, float | int]]) -> str:
         axis.minorticks_off()
         axis.set(xlabel="draws n", ylabel=label)
         if len(lines) > 1:
-            axis.legend(fontsize=9, frameon=False)
+            axis.legend(fontsize=8, frameon=False, loc="lower right")
     return _svg(figure)
 
 
