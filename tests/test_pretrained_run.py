@@ -10,6 +10,7 @@ import small_pretrained
 
 from recexplore import artifacts, cli, pipeline
 from recexplore.errors import InputError
+from recexplore.explorer import load_explorer
 from recexplore.models import pretrained, saved
 from recexplore.tasks.vocabulary import Vocabulary
 from recexplore.training.telemetry import Curves
@@ -119,7 +120,7 @@ def test_adapters_are_all_that_is_trained_and_kept(adapted):
 
 
 def test_two_loaded_models_have_one_transformer_in_memory(adapted):
-    explorer, models = pipeline._load_explorer(adapted.work, ("novelty", "alignment"), 8)
+    explorer, models = load_explorer(adapted.work, ("novelty", "alignment"), 8)
     novelty = models["novelty"].params["params"]
     alignment = models["alignment"].params["params"]["transformer"]
     shared = jax.tree.map(lambda one, other: one is other, novelty, alignment)
@@ -153,8 +154,7 @@ def test_interrupted_training_goes_on_and_ends_the_same(tokenized, adapted, monk
     assert [path.name for path in checkpoints.iterdir()] == ["4"]
     assert run("train", *more) == 0
     again, undisturbed = (
-        pipeline._load_explorer(r.work, ("novelty",), 8)[1]["novelty"].params["lora"]
-        for r in (run, adapted)
+        load_explorer(r.work, ("novelty",), 8)[1]["novelty"].params["lora"] for r in (run, adapted)
     )
     jax.tree.map(np.testing.assert_array_equal, again, undisturbed)
 
@@ -167,7 +167,7 @@ def test_all_of_a_model_with_another_tokenizer_is_trained(log):
     assert [run(stage, *fewer) for stage in ("tokenize", "train", "explore")] == [0, 0, 0]
     vocabulary = Vocabulary(run.work / "vocabulary")
     assert not vocabulary.begin and vocabulary.eos_id == vocabulary.size - 1
-    _, models = pipeline._load_explorer(run.work, ("novelty", "alignment"), 8)
+    _, models = load_explorer(run.work, ("novelty", "alignment"), 8)
     network, trained, _ = models["novelty"]
     assert network.config.vocab_size == 704 > vocabulary.size and not network.config.lora_rank
     published = pretrained.load(run.base, network.config)
@@ -305,7 +305,7 @@ def test_a_folder_that_was_moved_is_missed_when_it_is_asked_for(another, adapted
         said = " ".join(capsys.readouterr().err.split())
         assert f"{here}/config.json and 3 more files are gone. If you moved them" in said
         with pytest.raises(InputError, match=f"adapters for .* in {here}, which isn't there any"):
-            pipeline._load_explorer(run.work, ("novelty",), 8)
+            load_explorer(run.work, ("novelty",), 8)
     finally:
         there.rename(here)
     assert run("explore", "--dry_run") == 0

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from copying_task import CONFIG
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recexplore.distributed import partitioning
@@ -35,6 +35,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine(step, expect
     assert schedule(step) == pytest.approx(expected, abs=1e-8)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(steps=st.integers(1, 1000), share=st.floats(0, 0.999))
 def test_the_learning_rate_stays_between_zero_and_its_peak(steps, share):
     schedule = Optimization(steps, 0.5, warmup_share=share).schedule()
