@@ -1,6 +1,7 @@
 """Settings that must be in place before JAX starts, for every test."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -19,5 +20,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many tests compile the same
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_forgotten():
+    """Every compiled program keeps some memory maps, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
