@@ -196,9 +196,8 @@ def experiment(
     )
     visits = _visits(here, opinions, settings, num_visits)
     found = {f"{trial.SAME}/{k}": v for k, v in trial.same_treatment(here, _SPLITS_ALIKE).items()}
-    for name, share in (("experiment", 0.0), ("suppressed", suppression)):
-        if name == "suppressed" and not share:
-            continue
+    shares = {"experiment": 0.0} | ({"suppressed": suppression} if suppression else {})
+    for name, share in shares.items():
         arms = make_arms(
             opinions,
             make_bandit(),
@@ -224,8 +223,8 @@ def experiment(
         artifacts.write_json(folder / STUDY, studied)
         artifacts.write_json(folder / EXAMPLES, examples)
     for name in arms:
-        change = found.get(f"experiment/{name}/slot_positive_playback_rate", float("nan"))
-        progress.say(f"  {name}: positive playback of the slot {change:.4f}")
+        played = found.get(f"experiment/{name}/slot_positive_playback_rate", float("nan"))
+        progress.say(f"  {name}: positive playback of the slot {played:.4f}")
 
 
 def _off_policy(
@@ -263,11 +262,12 @@ def _strength(opinions: "Opinions", told: "Randomised") -> dict[str, Any]:
 
     `chosen` is None where there is too little of it.
     """
-    from recexplore.evaluation import policies, study
+    from recexplore.evaluation import off_policy, policies, study
+    from recexplore.evaluation.arms import Asked
 
     contexts, places = np.unique(told.log.contexts[:_STRENGTH_ROWS], return_inverse=True)
-    log = type(told.log)(*(column[:_STRENGTH_ROWS] for column in told.log))
-    asked = type(told.asked)(*(column[contexts] for column in told.asked))
+    log = off_policy.Log(*(column[:_STRENGTH_ROWS] for column in told.log))
+    asked = Asked(*(column[contexts] for column in told.asked))
     log_p = asked.among_allowed(opinions.log_p)
     scores = opinions.scores[asked.histories].astype(np.float64)
     try:
@@ -439,15 +439,11 @@ def _examples(
     """Best of 20 in words, by the compiled step: histories, candidates with both models' opinions
     and the truth, and which was chosen."""
     from recexplore.evaluation.standing import history_code
+    from recexplore.feedback.transitions import busiest
     from recexplore.inference.selection import BestOfN
 
     table = artifacts.read_table(work / "feedback" / "histories.parquet", artifacts.HISTORIES)
-    order = np.argsort(-table["count"].to_numpy(), kind="stable")
-    histories, ends = [], set()
-    for history in table["history"].take(order).to_pylist():
-        if history[-1] not in ends and len(histories) < _EXAMPLES_SHOWN:
-            histories.append(history)
-            ends.add(history[-1])
+    histories = busiest(table, _EXAMPLES_SHOWN)
     found = explorer.explore(
         models["novelty"],
         models["alignment"],
@@ -481,9 +477,8 @@ def _visits(scene: "Scene", opinions: "Opinions", settings: Any, count: int) -> 
     from recexplore.evaluation.arms import Asked
     from recexplore.evaluation.study import Visits
 
-    users = np.arange(len(scene.standing.last))
-    histories, allowed = scene.standing.histories(users), scene.allowed(users, settings)
-    ready = np.flatnonzero((histories >= 0) & (allowed.sum(axis=1) > 1))
+    everyone = np.arange(len(scene.standing.last))
+    ready, asked = scene.ask(everyone, settings, least=2)
     if not len(ready):
         raise InputError(
             "No user of the platform has a whole history and two clusters left to explore. Use "
@@ -491,8 +486,9 @@ def _visits(scene: "Scene", opinions: "Opinions", settings: Any, count: int) -> 
         )
     random = np.random.default_rng([settings.seed, 5])
     users = np.sort(random.choice(ready, min(count, len(ready)), replace=False))
+    drawn = np.searchsorted(ready, users)
+    asked = Asked(*(column[drawn] for column in asked))
     satisfaction = np.nan_to_num(scene.satisfaction())[users]
-    asked = Asked(histories[users], allowed[users])
     return Visits(
         users,
         asked.among_allowed(opinions.log_p),

@@ -699,7 +699,7 @@ def evaluate(
         **offline.exploration_metrics(table, size),
     }
     if experiment:
-        metrics |= artifacts.read_json(work / experiments.EXPERIMENT / METRICS)
+        metrics |= artifacts.read_json(work / experiments.EXPERIMENT / experiments.METRICS)
     with artifacts.new_folder(work / EVALUATION) as folder:
         artifacts.write_json(folder / "scaling.json", {**scaling, "k": settings.num_chosen})
         artifacts.write_json(folder / "calibration.json", bins.tolist())

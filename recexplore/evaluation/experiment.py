@@ -18,7 +18,7 @@ from recexplore.evaluation import statistics
 from recexplore.evaluation.arms import Arm, Asked
 from recexplore.evaluation.standing import Standing
 from recexplore.evaluation.tallies import METRICS, Tallies
-from recexplore.simulation.platform import EXPLORATION, Platform
+from recexplore.simulation.platform import EXPLORATION, Day, Platform
 from recexplore.simulation.world import Settings
 
 NOVEL_TO = ("user", "history")
@@ -133,14 +133,14 @@ class Scene:
         self.item_clusters, self.num_clusters = item_clusters, num_clusters
         self.standing = Standing(settings.num_users, item_clusters, num_clusters, history_length)
         self._slot = settings.exploration_slot
-        self.before = self.tallies()
+        self.before: Tallies | None = None
         self.impressions = 0
         self.visits: list[Visits] = []
         for day in range(log_days):
             if day == max(log_days - pre_period, 0):
                 self.before = self.tallies()
             users = self.platform.arrive()
-            self.impressions += len(self.live(self.before, None, 0.0).users)
+            self.impressions += len(self.live(self.before).users)
             if 2 * day >= log_days - 1:
                 codes = self.standing.histories(users)
                 users, codes = users[codes >= 0], codes[codes >= 0]
@@ -152,10 +152,23 @@ class Scene:
         """Empty ones, from here on."""
         return Tallies(len(self.standing.last), self.standing.engaged, self._slot)
 
-    def live(self, tallies: Tallies, items: Int[np.ndarray, "A"] | None, suppression: float):
-        """Shows a day to those who have arrived and takes it in."""
+    def live(
+        self,
+        tallies: Tallies | None,
+        items: Int[np.ndarray, "A"] | None = None,
+        suppression: float = 0.0,
+    ) -> Day:
+        """Shows a day to those who have arrived and takes it in.
+
+        Args:
+          tallies: that it counts for.
+          items: see `Platform.show`.
+          suppression: likewise.
+        """
         day = self.platform.show(items, suppression=suppression)
-        tallies.add(day, self.standing.follow(day), self.standing.engaged)
+        novelty = self.standing.follow(day)
+        if tallies:
+            tallies.add(day, novelty, self.standing.engaged)
         return day
 
     def item_weights(self) -> Float[np.ndarray, "I"]:
@@ -165,17 +178,29 @@ class Scene:
         popularity = self.platform.recommender.popularity(day)
         return np.exp(popularity / _ITEM_TEMPERATURE) * self.platform.world.uploaded(day)
 
-    def allowed(
-        self, users: Int[np.ndarray, "A"], settings: "Experiment"
-    ) -> Bool[np.ndarray, "A M"]:
-        """Clusters that users may explore today: new to them, and with something to show."""
+    def ask(
+        self, users: Int[np.ndarray, "A"], settings: Experiment, least: int = 1
+    ) -> tuple[Int[np.ndarray, "B"], Asked]:
+        """Who of some users can be asked to explore today: those with a whole history.
+
+        A cluster is allowed that is new to the user and has something to show.
+
+        Args:
+          users: whom to consider.
+          settings: what is new.
+          least: clusters that must be allowed.
+
+        Returns:
+          Rows of `users`, and what these are asked.
+        """
+        histories = self.standing.histories(users)
         allowed = self.standing.allowed(
             users, novel_to=settings.novel_to, cool_down=settings.cool_down
         )
         uploaded = self.platform.world.uploaded(self.platform.day)
-        return allowed & (
-            np.bincount(self.item_clusters[uploaded], minlength=self.num_clusters) > 0
-        )
+        allowed &= np.bincount(self.item_clusters[uploaded], minlength=self.num_clusters) > 0
+        rows = np.flatnonzero((histories >= 0) & (allowed.sum(axis=1) >= least))
+        return rows, Asked(histories[rows], allowed[rows])
 
     def satisfaction(self) -> Float[np.ndarray, "U M"]:
         """The truth: every user's expected satisfaction with each cluster's items."""
@@ -328,16 +353,14 @@ def run(
     tallies = scene.tallies()
     for day in range(settings.num_days):
         users = scene.platform.arrive()
-        histories = scene.standing.histories(users)
-        allowed = scene.allowed(users, settings)
-        ready = (histories >= 0) & allowed.any(axis=1)
+        ready, everyone = scene.ask(users, settings)
         clusters = np.full(len(users), -1)
         asked: dict[str, tuple[np.ndarray, Asked]] = {}
         for number, (name, arm) in enumerate(arms.items()):
-            rows = np.flatnonzero(ready & (arm_of[users] == number))
-            if len(rows):
-                asked[name] = rows, Asked(histories[rows], allowed[rows])
-                clusters[rows] = arm.choose(asked[name][1], random)
+            own = arm_of[users[ready]] == number
+            if own.any():
+                asked[name] = ready[own], Asked(*(column[own] for column in everyone))
+                clusters[ready[own]] = arm.choose(asked[name][1], random)
         items = pick_items(clusters, scene.item_clusters, scene.item_weights(), random)
         lived = scene.live(tallies, items, settings.suppression)
         explored = lived.source == EXPLORATION

@@ -11,6 +11,7 @@ import numpy as np
 from recexplore import artifacts
 from recexplore.evaluation import experiment_page, figures
 from recexplore.evaluation.report import Contents, write_report
+from recexplore.feedback.transitions import busiest
 from recexplore.interests.cluster_table import ClusterTable
 from recexplore.serving.exploration_table import ExplorationTable
 
@@ -136,13 +137,9 @@ def _branches(clusters: ClusterTable) -> np.ndarray:
 def _some_explorations(table: ExplorationTable, descriptions: list[str], work: Path, count: int):
     """Explorations of the histories at which most users stood, no two with the same end."""
     histories = artifacts.read_table(work / "feedback" / "histories.parquet", artifacts.HISTORIES)
-    order = np.argsort(-histories["count"].to_numpy(), kind="stable")
-    shown, ends = [], set()
-    for history in histories["history"].take(order).to_pylist():
+    shown = []
+    for history in busiest(histories, count, lambda h: table.look_up(h) is not None):
         exploration = table.look_up(history)
-        if exploration is None or history[-1] in ends:
-            continue
-        ends.add(history[-1])
         chosen = [
             (descriptions[cluster], 1 / (1 + float(np.exp(-score))), log_probability)
             for cluster, score, log_probability in zip(
@@ -153,6 +150,4 @@ def _some_explorations(table: ExplorationTable, descriptions: list[str], work: P
             )
         ]
         shown.append(([descriptions[cluster] for cluster in history], chosen[:5]))
-        if len(shown) == count:
-            break
     return shown

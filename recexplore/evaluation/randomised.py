@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from recexplore.evaluation import off_policy
 from recexplore.evaluation.arms import Asked, draw
 from recexplore.evaluation.experiment import Experiment, Scene, pick_items
-from recexplore.simulation.platform import RANDOM, Day
+from recexplore.simulation.platform import EXPLORATION, RANDOM, Day
 
 Policy = Callable[[Asked], Float[np.ndarray, "A M"]]
 
@@ -59,20 +59,17 @@ def live_days(
     parts, totals, counts = [], dict.fromkeys(policies, 0.0), dict.fromkeys(policies, 0)
     for day in range(days):
         users = here.platform.arrive()
-        histories = here.standing.histories(users)
-        allowed = here.allowed(users, settings)
-        ready = np.flatnonzero((histories >= 0) & allowed.any(axis=1))
-        asked = Asked(histories[ready], allowed[ready])
+        ready, asked = here.ask(users, settings)
         uploaded = here.platform.world.uploaded(here.platform.day)
         for name, policy in policies.items():
             clusters = np.full(len(users), -1)
             clusters[ready] = draw(policy(asked), random)
             items = pick_items(clusters, here.item_clusters, uploaded.astype(np.float64), random)
             shown = copy.deepcopy(here.platform).show(items)
-            explored = np.isnan(shown.propensity)
+            explored = shown.source == EXPLORATION
             totals[name] += float(shown.satisfaction[explored].sum())
             counts[name] += int(explored.sum())
-        lived = here.live(here.tallies(), None, 0.0)
+        lived = here.live(None)
         parts.append(_randomised(here, lived, users[ready], asked, uploaded))
         progress(day + 1, days)
     return _joined(parts), {name: totals[name] / max(counts[name], 1) for name in policies}

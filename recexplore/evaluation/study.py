@@ -95,20 +95,16 @@ def gap_closed(visits: Visits, n: int = HEADLINE, seed: int = 0) -> Row:
     """
     p, truth = visits.log_p, visits.believed
     ranks = np.argsort(np.argsort(np.where(visits.mask, -truth, np.inf), axis=1), axis=1)
-    proposed = np.where((ranks < n) & visits.mask, 0.0, -np.inf)
+    alike = np.where(visits.mask, 0.0, -np.inf)
     found = {
         "one_draw": np.exp(p),
         "best_of_n": policies.best_of_n(p, visits.scores, n),
         "alignment_oracle": policies.best_of_n(p, truth, n),
-        "policy_oracle": policies.greedy(visits.scores, np.isfinite(proposed)),
+        "policy_oracle": policies.greedy(visits.scores, (ranks < n) & visits.mask),
         "count_oracle": policies.greedy(visits.scores, visits.mask),
         "all_oracle": policies.greedy(truth, visits.mask),
         "user_oracle": policies.best_of_n(p, visits.satisfaction, n),
-        "uniform_proposals": policies.best_of_n(
-            np.log(policies.uniform(visits.mask), where=visits.mask, out=np.full(p.shape, -np.inf)),
-            visits.scores,
-            n,
-        ),
+        "uniform_proposals": policies.best_of_n(alike, visits.scores, n),
     }
     values = {name: visits.value(policy) for name, policy in found.items()}
     below, ours, above = values["one_draw"], values["best_of_n"], values["alignment_oracle"]

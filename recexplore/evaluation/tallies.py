@@ -50,20 +50,19 @@ class Tallies:
         positive, slot = day.watch_fraction >= ENGAGED, day.slots == self._slot
         explored = day.source == EXPLORATION
         self._met[day.users[positive], novelty.clusters[positive]] = True
-        self.in_slot[day.users[slot], novelty.clusters[slot]] += 1  # one row a user and day
+        self.in_slot[day.users[slot], novelty.clusters[slot]] += 1
         self.explored[day.users[explored], novelty.clusters[explored]] += 1
         columns = {
             "impressions": np.ones(len(positive)),
             "positive": positive,
             "completed": day.watch_fraction >= COMPLETED,
             "novel": novelty.novel,
-            "slot": slot,
+            "slot": slot,  # one row a user and day
             "slot positive": slot & positive,
             "slot novel": slot & novelty.novel,
             "slot satisfaction": slot * day.satisfaction,
             "explored": explored,
             "explored positive": explored & positive,
-            "active": slot,  # one row a user and day
         }
         for name, column in columns.items():
             sums = np.bincount(day.users, column, minlength=self._num_users)
@@ -97,7 +96,7 @@ METRICS = {  # metric → numerator, denominator
     "completion_rate": ("completed", "impressions"),
     "ueuc": ("engaged pairs", "users"),
     "novel_share": ("novel", "impressions"),
-    "daily_active_users": ("active", "days"),
+    "daily_active_users": ("slot", "days"),
     "interests_gained": ("interests gained", "users"),
     "slot_positive_playback_rate": ("slot positive", "slot"),
     "slot_novel_share": ("slot novel", "slot"),

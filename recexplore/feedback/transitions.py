@@ -5,11 +5,13 @@ novel events with the clusters their user knew at the time, one row a cluster.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ibis
 import ibis.expr.types as ir
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float
 
 from recexplore.errors import InputError
@@ -263,6 +265,24 @@ def histories_in_log(
     return counted.select(
         history=ibis.array([counted[name] for name in places]), count=counted["count"]
     )
+
+
+def busiest(
+    histories: pa.Table, count: int, wanted: Callable[[list[int]], bool] = lambda history: True
+) -> list[list[int]]:
+    """The histories at which most users stood, no two with the same end.
+
+    Args:
+      histories: HISTORIES.
+      count: how many at most.
+      wanted: which are considered.
+    """
+    order = np.argsort(-histories["count"].to_numpy(), kind="stable")
+    by_end: dict[int, list[int]] = {}
+    for history in histories["history"].take(order).to_pylist():
+        if len(by_end) < count and history[-1] not in by_end and wanted(history):
+            by_end[history[-1]] = history
+    return list(by_end.values())
 
 
 def recency_weights(count: int, half_life: float | None) -> Float[np.ndarray, "R"]:

@@ -223,7 +223,7 @@ def tune(
                 # The last one alone has a value to be chosen by, so it is the one that is used.
                 value = -shown["evaluation_reward"] if is_last else None
                 saving = jax.device_put(outputs._asdict(), run.everywhere)
-                whole = _saved(state) | {"outputs": saving}
+                whole = state.saved | {"outputs": saving}
                 checkpoints.save(step, whole, {"step": step}, value)
             progress(step, settings.steps, **shown)
             if stop and not is_last:
@@ -296,7 +296,7 @@ class _Run:
 
     def abstract(self, state: State, outputs: Outputs) -> dict[str, Any]:
         """Shapes and shardings of what a checkpoint holds."""
-        placed = partitioning.placed(_saved(state), _saved(self._shardings))
+        placed = partitioning.placed(state.saved, self._shardings.saved)
         kept = partitioning.placed(outputs._asdict(), self.everywhere)
         return placed | {"outputs": kept}
 
@@ -365,10 +365,6 @@ class _Recent:
 
 def _is_whole(value: Any, least: int) -> bool:
     return type(value) is int and value >= least
-
-
-def _saved(state: State) -> dict[str, Any]:
-    return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _no_outputs(settings: PolicyGradient, num_histories: int, width: int) -> Outputs:

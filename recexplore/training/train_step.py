@@ -39,6 +39,11 @@ class State(NamedTuple):
         """The variables that are evaluated and used."""
         return self.params if self.average is None else self.average
 
+    @property
+    def saved(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 def train_step(
     state: State,

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -146,7 +146,7 @@ def train(
         notice = stack.enter_context(PreemptionNotice())  # first in, last out: it guards the saving
         checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last, keep_best)
         stack.enter_context(contextlib.closing(checkpoints))
-        restored = checkpoints.latest(_saved(program.state))
+        restored = checkpoints.latest(program.state.saved)
         if restored is None:
             start, state = 0, program.initialize(seed, pretrained)
         else:
@@ -182,7 +182,7 @@ def train(
             if evaluate or stop:
                 value = shown[f"validation_{chosen}"] if evaluate else None
                 recent.check_all()
-                checkpoints.save(step, _saved(state), batches.position(), value)
+                checkpoints.save(step, state.saved, batches.position(), value)
                 recent.saved_step = step
                 meter.restart()
             progress(step, steps, **shown)
@@ -197,11 +197,6 @@ def _check_counts(**counts: int) -> None:
             raise InputError(
                 f"trainer.train.{name} is {value!r}; it must be a whole number from 1 on."
             )
-
-
-def _saved(state: State) -> dict[str, Any]:
-    """What of a state goes into a checkpoint."""
-    return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _make_meter(program: Program, batch: Batch, batch_size: int, trie: Trie) -> Meter:

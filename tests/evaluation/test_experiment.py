@@ -101,7 +101,7 @@ def test_metrics_are_what_counting_finds(scene):
     tallies, days = here.tallies(), []
     for _ in range(3):
         here.platform.arrive()
-        days.append(here.live(tallies, None, 0.0))
+        days.append(here.live(tallies))
     users = np.concatenate([day.users for day in days])
     watch = np.concatenate([day.watch_fraction for day in days])
     clusters = here.item_clusters[np.concatenate([day.items for day in days])]
