@@ -9,6 +9,24 @@ class InputError(ValueError):
     """
 
 
+def check_field(settings: object, ok: bool, field: str, rule: str) -> None:
+    """Refuses a field of settings that gin binds, by its name there.
+
+    Args:
+      settings: a dataclass.
+      ok: whether the field's value will do.
+      field: of it.
+      rule: that it breaks otherwise, such as "must be at least 1".
+
+    Raises:
+      InputError: it won't do.
+    """
+    if not ok:
+        kind = type(settings)
+        name = f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}.{field}"
+        raise InputError(f"{name} is {getattr(settings, field)!r}; it {rule}.")
+
+
 class SharedError(InputError):
     """The same, raised by all processes of a program alike."""
 

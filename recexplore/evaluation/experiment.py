@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from recexplore.errors import InputError
+from recexplore.errors import check_field
 from recexplore.evaluation import statistics
 from recexplore.evaluation.arms import Arm, Asked
 from recexplore.evaluation.standing import Standing
@@ -77,9 +77,7 @@ class Experiment:
             ("suppression", 0 <= self.suppression < 1, "must lie in 0..1, below 1"),
             ("bootstrap_samples", self.bootstrap_samples >= 100, "must be at least 100"),
         ):
-            if not ok:
-                value = getattr(self, field)
-                raise InputError(f"experiment.Experiment.{field} is {value!r}; it {rule}.")
+            check_field(self, bool(ok), field, rule)
 
 
 class Visits(NamedTuple):

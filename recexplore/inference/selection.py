@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from recexplore.errors import InputError
+from recexplore.errors import check_field
 
 _MOST = 1 << 16  # proposals or choices for one history
 SAMPLERS = ("independent", "distinct", "exhaustive")
@@ -49,34 +49,33 @@ class BestOfN:
     def __post_init__(self):
         every = self.sampler == "exhaustive"
         for field in ("num_samples", "num_chosen"):
-            self._check(type(getattr(self, field)) is int, field, "must be a whole number")
+            check_field(self, type(getattr(self, field)) is int, field, "must be a whole number")
         for field in ("temperature", "selection_temperature", "relevance_weight"):
             value = getattr(self, field)
             known = isinstance(value, (int, float)) and math.isfinite(value)
             known = known or (field == "relevance_weight" and value is None)
-            self._check(known, field, "must be a finite number")
-        self._check(self.num_samples >= 1, "num_samples", "must be at least 1")
+            check_field(self, known, field, "must be a finite number")
+        check_field(self, self.num_samples >= 1, "num_samples", "must be at least 1")
         for field in ("num_samples", "num_chosen"):
-            self._check(getattr(self, field) <= _MOST, field, f"must be at most {_MOST:,}")
-        self._check(
+            check_field(self, getattr(self, field) <= _MOST, field, f"must be at most {_MOST:,}")
+        check_field(
+            self,
             1 <= self.num_chosen and (every or self.num_chosen <= self.num_samples),
             "num_chosen",
             f"must lie between 1 and num_samples, {self.num_samples}",
         )
-        self._check(self.sampler in SAMPLERS, "sampler", f"must be one of {', '.join(SAMPLERS)}")
-        self._check(1e-6 <= self.temperature <= 1e6, "temperature", "must lie in 1e-6..1e6")
+        check_field(
+            self, self.sampler in SAMPLERS, "sampler", f"must be one of {', '.join(SAMPLERS)}"
+        )
+        check_field(self, 1e-6 <= self.temperature <= 1e6, "temperature", "must lie in 1e-6..1e6")
         weight = self.relevance_weight or 0.0
-        self._check(abs(weight) <= 1e6, "relevance_weight", "must lie in -1e6..1e6")
-        self._check(
+        check_field(self, abs(weight) <= 1e6, "relevance_weight", "must lie in -1e6..1e6")
+        check_field(
+            self,
             self.selection_temperature == 0 or 1e-6 <= self.selection_temperature <= 1e6,
             "selection_temperature",
             "must be 0 or lie in 1e-6..1e6",
         )
-
-    def _check(self, ok: bool, field: str, rule: str) -> None:
-        if not ok:
-            value = getattr(self, field)
-            raise InputError(f"selection.BestOfN.{field} is {value!r}; it {rule}.")
 
 
 class Candidates(NamedTuple):

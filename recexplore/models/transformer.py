@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from recexplore.errors import InputError
+from recexplore.errors import check_field
 from recexplore.models import rotary
 from recexplore.models.attention import KeyValues, Segment
 from recexplore.models.layers import (
@@ -125,39 +125,38 @@ class TransformerConfig:
         for field in ("attention_windows", "lora_targets"):  # gin and JSON may have lists
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in _FROM_ONE:
-            self._check(getattr(self, field) >= 1, field, "must be at least 1")
+            check_field(self, getattr(self, field) >= 1, field, "must be at least 1")
         for field in _POSITIVE:
-            self._check(getattr(self, field) > 0, field, "must be positive")
+            check_field(self, getattr(self, field) > 0, field, "must be positive")
         for field in _NOT_NEGATIVE:
-            self._check(getattr(self, field) >= 0, field, "must not be negative")
+            check_field(self, getattr(self, field) >= 0, field, "must not be negative")
         for field, choices in _CHOICES.items():
             known = f"must be one of {', '.join(choices)}"
-            self._check(getattr(self, field) in choices, field, known)
-        self._check(
-            self.num_heads % self.num_kv_heads == 0, "num_kv_heads", "must divide num_heads"
+            check_field(self, getattr(self, field) in choices, field, known)
+        check_field(
+            self, self.num_heads % self.num_kv_heads == 0, "num_kv_heads", "must divide num_heads"
         )
-        self._check(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even")
+        check_field(self, self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even")
         windows, targets = self.attention_windows, self.lora_targets
-        self._check(
-            len(windows) >= 1 and min(windows) >= 0, "attention_windows", "must be sizes from 0 on"
+        check_field(
+            self,
+            len(windows) >= 1 and min(windows) >= 0,
+            "attention_windows",
+            "must be sizes from 0 on",
         )
-        self._check(
+        check_field(
+            self,
             len(targets) >= 1 and set(targets) <= set(PROJECTIONS),
             "lora_targets",
             f"must have at least one of {', '.join(PROJECTIONS)}, and nothing else",
         )
-        self._check(
+        check_field(
+            self,
             self.rope_high_frequency_factor > self.rope_low_frequency_factor,
             "rope_high_frequency_factor",
             "must be above rope_low_frequency_factor",
         )
-        self._check(0.0 <= self.dropout_rate < 1.0, "dropout_rate", "must lie in [0, 1)")
-
-    def _check(self, ok: bool, field: str, rule: str) -> None:
-        if not ok:
-            raise InputError(
-                f"transformer.TransformerConfig.{field} is {getattr(self, field)!r}; it {rule}."
-            )
+        check_field(self, 0.0 <= self.dropout_rate < 1.0, "dropout_rate", "must lie in [0, 1)")
 
 
 _FROM_ONE = (

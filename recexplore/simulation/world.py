@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 from scipy import sparse, special
 
-from recexplore.errors import InputError
+from recexplore.errors import InputError, check_field
 from recexplore.interactions.schema import InteractionLog
 
 UPLOAD_DAYS = 30  # items that are new during the log come on days 1 to 30
@@ -91,20 +91,17 @@ class Settings:
             "seed": 0,
         }
         for name, bound in least.items():
-            self._check(name, getattr(self, name) >= bound, f"at least {bound}")
+            check_field(self, getattr(self, name) >= bound, name, f"must be at least {bound}")
         for name in ("exploration_share", "new_item_share", "boredom_decay"):
-            self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+            check_field(self, 0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
         slots, topics = self.slots_per_day, self.topics_per_user
-        below = f"below slots_per_day, which is {slots}"
-        self._check("exploration_slot", self.exploration_slot < slots, below)
-        self._check("topics_per_user", topics <= num_topics, f"at most {num_topics}, all topics")
+        below = f"must be below slots_per_day, which is {slots}"
+        check_field(self, self.exploration_slot < slots, "exploration_slot", below)
+        all_topics = f"must be at most {num_topics}, all topics"
+        check_field(self, topics <= num_topics, "topics_per_user", all_topics)
         spare = 1 - num_topics / self.num_items
-        rule = f"at most {spare:.3g}, as an item of each topic is there from the start"
-        self._check("new_item_share", self.new_item_share <= spare, rule)
-
-    def _check(self, name: str, fine: bool, rule: str) -> None:
-        if not fine:
-            raise InputError(f"world.Settings.{name} is {getattr(self, name)}; it must be {rule}.")
+        rule = f"must be at most {spare:.3g}, as an item of each topic is there from the start"
+        check_field(self, self.new_item_share <= spare, "new_item_share", rule)
 
     @property
     def looked_at(self) -> Float32[np.ndarray, "S"]:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from recexplore.distributed import partitioning
 from recexplore.distributed.checkpoints import Checkpoints
 from recexplore.distributed.processes import PreemptionNotice
-from recexplore.errors import InputError, Preempted, SharedError
+from recexplore.errors import Preempted, SharedError, check_field
 from recexplore.inference.best_of_n import Batch
 from recexplore.inference.launch import Model, Ready, pad_columns
 from recexplore.models.lora import split
@@ -67,34 +67,33 @@ class PolicyGradient:
 
     def __post_init__(self):
         for name, choices in {"method": METHODS, "decoding": DECODINGS}.items():
-            self._check(
-                getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}"
+            check_field(
+                self, getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}"
             )
         for name in ("prompts_per_step", "steps", "evaluate_every"):
-            self._check(_is_whole(getattr(self, name), 1), name, "must be a whole number from 1 on")
+            check_field(
+                self, _is_whole(getattr(self, name), 1), name, "must be a whole number from 1 on"
+            )
         for name in ("temperature", "learning_rate"):
-            self._check(0 < getattr(self, name) < math.inf, name, "must be a number above 0")
-        self._check(_is_whole(self.seed, 0), "seed", "must be a whole number from 0 on")
+            check_field(self, 0 < getattr(self, name) < math.inf, name, "must be a number above 0")
+        check_field(self, _is_whole(self.seed, 0), "seed", "must be a whole number from 0 on")
         paired = self.method == "direct_preference"
-        self._check(
+        check_field(
+            self,
             0 <= self.kl_weight < math.inf and not (paired and self.kl_weight == 0),
             "kl_weight",
             "must be a number above 0 for the method direct_preference"
             if paired
             else "must be a number from 0 on",
         )
-        self._check(
+        check_field(
+            self,
             _is_whole(self.samples_per_prompt, 2) and not (paired and self.samples_per_prompt % 2),
             "samples_per_prompt",
             "must be an even number for the method direct_preference"
             if paired
             else "must be a whole number from 2 on",
         )
-
-    def _check(self, ok: bool, name: str, rule: str) -> None:
-        if not ok:
-            value = getattr(self, name)
-            raise InputError(f"policy_gradient.PolicyGradient.{name} is {value!r}; it {rule}.")
 
     @property
     def evaluated(self) -> list[int]:
