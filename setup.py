@@ -16,6 +16,7 @@ _TEST = [
     "chex>=0.1.90",
     "hypothesis>=6.100",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     "scipy>=1.13",
     "setuptools>=75",
