@@ -80,6 +80,7 @@ COLLECTIVE = pa.schema(
         ("history", _HISTORY),
         ("next_cluster", pa.int32()),
         ("count", pa.int32()),
+        ("weight", pa.float32()),  # that many users' worth; the count where all count alike
         ("watch_fraction", pa.float32()),  # the signals' means over the transition's users
         ("liked", pa.float32()),
         ("shared", pa.float32()),

@@ -134,17 +134,17 @@ def alignment_metrics(
     """
     parts = {split: _feedback_of(collective, split) for split in ("train", "validation", "test")}
     train, validation, test = parts["train"], parts["validation"], parts["test"]
-    cells = (train.targets, train.rewards, train.counts)
+    cells = (train.targets, train.rewards, train.weights)
     prior = tuned_prior(cells, (validation.targets, validation.rewards), num_clusters)
     orders = {"alignment": scores.astype(np.float64)}
     probabilities = {"alignment": 1 / (1 + np.exp(-orders["alignment"]))}
-    labels = (train.targets, train.labels, train.counts)
+    labels = (train.targets, train.labels, train.weights)
     for name, mixed_in in (("target_mean", 0.0), ("target_mean_shrunk", prior)):
         orders[name] = target_mean(*cells, num_clusters, mixed_in)[test.targets]
         probabilities[name] = target_mean(*labels, num_clusters, mixed_in)[test.targets]
     found, bins = {}, {}
     for name, predicted in orders.items():
-        bins[name] = metrics.calibration(probabilities[name], test.labels, test.counts)
+        bins[name] = metrics.calibration(probabilities[name], test.labels, test.weights)
         values = {
             "pairwise_accuracy": metrics.pairwise_accuracy(predicted, test.rewards),
             "pairwise_accuracy_same_history": metrics.pairwise_accuracy(
@@ -162,7 +162,7 @@ class _Feedback(NamedTuple):
     targets: np.ndarray
     rewards: np.ndarray
     labels: np.ndarray
-    counts: np.ndarray
+    weights: np.ndarray
     groups: np.ndarray  # rows of the same history have the same number
 
 
@@ -181,7 +181,7 @@ def _feedback_of(collective: pa.Table, split: str) -> _Feedback:
         targets=table["next_cluster"].to_numpy(),
         rewards=table["reward"].to_numpy().astype(np.float64),
         labels=table["label"].to_numpy().astype(np.float64),
-        counts=table["count"].to_numpy().astype(np.float64),
+        weights=table["weight"].to_numpy().astype(np.float64),
         groups=groups,
     )
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ SIGNAL_WEIGHTS: Mapping[str, float] = {
 }
 _ALL_SHRUNK = 1e6  # shrinkage when moves into a cluster don't differ beyond noise
 _GRAIN = 1e4  # rewards are counted in ten-thousandths: sums of whole numbers have no order
+_WEIGHT_GRAIN = 1e3  # likewise weights, in thousandths
 
 
 class Collective(NamedTuple):
@@ -80,6 +82,7 @@ def collective_feedback(
     min_count: int = 1,
     rounding: float = 0.05,
     outliers: float = 0.02,
+    min_propensity: float | None = None,
 ) -> Collective:
     """COLLECTIVE from TRANSITIONS: one row for each split, history and next cluster.
 
@@ -94,6 +97,10 @@ def collective_feedback(
     shrunk nor rounded. Quantiles, unlike the extremes, don't move with one odd reaction. Rewards
     are counted in ten-thousandths, so that sums are exact and the same in whatever order.
 
+    A recommender shows what it believes in, so that what it showed flatters. With `min_propensity`
+    ε, a reaction to an item shown with probability p counts as ε / max(p, ε) users: as inverse
+    propensities do, up to a factor, and never more than one. n and all means are then weighted.
+
     Args:
       transitions: TRANSITIONS; rows with shorter histories are left out.
       history_length: K.
@@ -102,24 +109,27 @@ def collective_feedback(
       min_count: training moves made by fewer users are dropped.
       rounding: interval of the labels.
       outliers: share cut off at either end of the scale.
+      min_propensity: ε, the propensity from which on a reaction counts less; for a log with a share
+        of items shown at random, theirs. None: all reactions count alike.
 
     Raises:
-      InputError: an argument out of range, no training move is left, or all have one reward.
+      InputError: an argument out of range, propensities that are asked for and not there, no
+        training move is left, or all have one reward.
     """
-    _check_arguments(history_length, shrinkage, min_count, rounding, outliers)
-    cells, too_short = _cells(transitions, history_length, signal_weights)
+    _check_arguments(history_length, shrinkage, min_count, rounding, outliers, min_propensity)
+    cells, too_short = _cells(transitions, history_length, signal_weights, min_propensity)
     train = cells["split"] == "train"
     kept = ~train | (cells["count"] >= min_count)
     _check_training_moves(int(train.sum()), int((train & kept).sum()), history_length, min_count)
     if shrinkage is None:
         shrinkage = estimate_shrinkage(
-            cells["next_cluster"][train],
-            cells["count"][train],
-            cells["reward"][train],
-            cells["squares"][train],
+            *(
+                cells[name][train]
+                for name in ("next_cluster", "weight", "weight_squares", "reward", "squares")
+            )
         )
     targets, places = np.unique(cells["next_cluster"], return_inverse=True)
-    count, mean = cells["count"].astype(np.float64), cells["reward"]
+    count, mean = cells["weight"], cells["reward"]
     sums = np.bincount(places[train], (count * mean)[train], minlength=len(targets))
     users = np.bincount(places[train], count[train], minlength=len(targets))
     overall = sums.sum() / max(users.sum(), 1)
@@ -134,7 +144,7 @@ def collective_feedback(
         )
     scaled = np.clip((np.where(train, shrunk, mean) - low) / (high - low), 0, 1)
     labels = np.where(train, np.clip(np.round(scaled / rounding) * rounding, 0, 1), scaled)
-    columns = {name: column for name, column in cells.items() if name != "squares"}
+    columns = {n: column for n, column in cells.items() if not n.endswith("squares")}
     table = pa.table({**columns, "label": labels.astype(np.float32)}).filter(pa.array(kept))
     dropped = {
         f"transitions with fewer than {history_length} clusters of history": too_short,
@@ -144,43 +154,56 @@ def collective_feedback(
 
 
 def estimate_shrinkage(
-    targets: np.ndarray, counts: np.ndarray, means: np.ndarray, squares: np.ndarray
+    targets: np.ndarray,
+    weights: np.ndarray,
+    weight_squares: np.ndarray,
+    means: np.ndarray,
+    squares: np.ndarray,
 ) -> float:
     """κ = σ² / τ² by the method of moments (one-way random effects within each next cluster).
 
-    σ² is the variance of single rewards within a move: Σ_i (Σ_j r_ij² − n_i m_i²) / Σ_i (n_i − 1).
-    τ² is the variance of moves' true means around their next cluster's mean t. With
-    Q = Σ_i n_i (m_i − t)², its expectation is (k − 1) σ² + τ² (N − Σ n_i² / N) for each next
-    cluster of k moves and N users; Q and the expectation are summed over next clusters and solved
-    for τ².
+    A move i is made by users j of weight w_ij, with W_i = Σ_j w_ij and v_i = Σ_j w_ij² / W_i; where
+    all weigh 1, W_i is the number of users and v_i = 1.
+
+    σ² is the variance of single rewards within a move: Σ_i (Σ_j w_ij r_ij² − W_i m_i²) is
+    Σ_i (W_i − v_i) times it in expectation. τ² is the variance of moves' true means around their
+    next cluster's mean t. With Q = Σ_i W_i (m_i − t)² and W = Σ_i W_i over a next cluster, its
+    expectation is σ² Σ_i v_i (1 − W_i / W) + τ² (W − Σ_i W_i² / W); Q and the expectation are
+    summed over next clusters and solved for τ².
 
     Args:
       targets: next cluster of each move.
-      counts: n_i, its users.
-      means: m_i, their mean reward.
-      squares: their mean squared reward.
+      weights: W_i.
+      weight_squares: Σ_j w_ij².
+      means: m_i, the users' weighted mean reward.
+      squares: their weighted mean squared reward.
 
     Returns:
       κ; a very large number when moves don't differ more than noise explains.
     """
-    n = counts.astype(np.float64)
-    freedom = (n - 1).sum()
-    if freedom == 0:
+    w = weights.astype(np.float64)
+    v = weight_squares / w
+    freedom = (w - v).sum()
+    if not freedom > 1e-9 * w.sum():
         return _ALL_SHRUNK
-    within = max((n * (squares - means**2)).sum() / freedom, 1e-12)
+    within = max((w * (squares - means**2)).sum() / freedom, 1e-12)
     _, places = np.unique(targets, return_inverse=True)
-    users, moves = np.bincount(places, n), np.bincount(places)
-    centre = (np.bincount(places, n * means) / users)[places]
-    spread = (n * (means - centre) ** 2).sum()
-    scale = (users - np.bincount(places, n**2) / users).sum()
+    total = np.bincount(places, w)
+    centre = (np.bincount(places, w * means) / total)[places]
+    spread = (w * (means - centre) ** 2).sum()
+    noise = (v * (1 - w / total[places])).sum()
+    scale = (total - np.bincount(places, w**2) / total).sum()
     if scale <= 0:
         return _ALL_SHRUNK
-    between = (spread - (moves - 1).sum() * within) / scale
+    between = (spread - noise * within) / scale
     return float(min(within / between, _ALL_SHRUNK)) if between > 0 else _ALL_SHRUNK
 
 
 def _cells(
-    transitions: ir.Table, history_length: int, weights: Mapping[str, float]
+    transitions: ir.Table,
+    history_length: int,
+    signal_weights: Mapping[str, float],
+    min_propensity: float | None,
 ) -> tuple[dict[str, np.ndarray], int]:
     """Aggregates moves on the back end.
 
@@ -190,26 +213,57 @@ def _cells(
     too_short = transitions.count() - rows.count().as_scalar()
     start = rows.history.length() - history_length
     places = {f"h{i}": rows.history[start + i] for i in range(history_length)}
-    rows = rows.mutate(**places, reward=(reward(rows, weights) * _GRAIN).round().cast("float64"))
+    rows = rows.mutate(
+        **places,
+        weight=_weight(rows, min_propensity),
+        reward=(reward(rows, signal_weights) * _GRAIN).round().cast("float64"),
+    )
+
+    def mean(values: ir.Value) -> ir.Value:
+        return (rows.weight * values.cast("float64")).sum() / rows.weight.sum()
+
     cells = (
         rows.group_by("split", *places, "next_cluster")
         .aggregate(
             count=rows.count(),
-            watch_fraction=rows.watch_fraction.mean(),
-            liked=rows.liked.cast("float64").mean(),
-            shared=rows.shared.cast("float64").mean(),
-            skipped=rows.skipped.cast("float64").mean(),
-            reward=rows.reward.sum(),
-            squares=(rows.reward * rows.reward).sum(),
+            weight=rows.weight.sum(),
+            weight_squares=(rows.weight * rows.weight).sum(),
+            watch_fraction=mean((rows.watch_fraction * _GRAIN).round()),
+            liked=mean(rows.liked),
+            shared=mean(rows.shared),
+            skipped=mean(rows.skipped),
+            reward=mean(rows.reward),
+            squares=mean(rows.reward * rows.reward),
         )
         .order_by("split", *places, "next_cluster")
         .to_pyarrow()
     )
     columns = {n: cells[n].to_numpy() for n in cells.column_names if n not in places}
-    columns["reward"] = columns["reward"] / _GRAIN / columns["count"]
-    columns["squares"] = columns["squares"] / _GRAIN**2 / columns["count"]
+    for name, grain in (
+        ("watch_fraction", _GRAIN),
+        ("reward", _GRAIN),
+        ("squares", _GRAIN**2),
+        ("weight", _WEIGHT_GRAIN),
+        ("weight_squares", _WEIGHT_GRAIN**2),
+    ):
+        columns[name] = columns[name] / grain
     histories = np.stack([cells[name].to_numpy() for name in places], axis=1)
     return {**columns, "history": list(histories)}, too_short.to_pyarrow().as_py()
+
+
+def _weight(rows: ir.Table, min_propensity: float | None) -> ir.Value:
+    """How much each reaction counts, in thousandths of a user; one of them at least."""
+    if min_propensity is None:
+        return ibis.literal(_WEIGHT_GRAIN)
+    unknown = rows.filter(rows.propensity.isnull()).count().to_pyarrow().as_py()
+    if unknown:
+        raise InputError(
+            f"collective.collective_feedback.min_propensity is {min_propensity}, but {unknown:,} "
+            "transitions have no propensity. Log them, or set it to None."
+        )
+    propensity = rows.propensity.cast("float64")
+    share = min_propensity / ibis.greatest(propensity, min_propensity)
+    return ibis.greatest((share * _WEIGHT_GRAIN).round().cast("float64"), 1.0)
 
 
 def _check_training_moves(found: int, kept: int, history_length: int, min_count: int) -> None:
@@ -226,13 +280,20 @@ def _check_training_moves(found: int, kept: int, history_length: int, min_count:
         )
 
 
-def _check_arguments(history_length, shrinkage, min_count, rounding, outliers) -> None:
+def _check_arguments(
+    history_length, shrinkage, min_count, rounding, outliers, min_propensity
+) -> None:
     rules = {
         "history_length": (history_length, history_length >= 1, "at least 1"),
         "shrinkage": (shrinkage, shrinkage is None or shrinkage >= 0, "None or at least 0"),
         "min_count": (min_count, min_count >= 1, "at least 1"),
         "rounding": (rounding, 0 < rounding <= 0.5, "between 0 and 0.5"),
         "outliers": (outliers, 0 <= outliers < 0.5, "between 0 and 0.5"),
+        "min_propensity": (
+            min_propensity,
+            min_propensity is None or 0 < min_propensity <= 1,
+            "None or a probability above 0",
+        ),
     }
     for name, (value, ok, rule) in rules.items():
         if not ok:

@@ -151,23 +151,23 @@ def alignment_examples(
       collective: COLLECTIVE.
       split: train or validation.
       descriptions: of all clusters.
-      count_weighting: an example weighs as much as the number of users, as its square root, or 1:
-        'count', 'sqrt' or 'none'.
+      count_weighting: an example weighs as much as the number of users (COLLECTIVE's weight), as
+        its square root, or 1: 'count', 'sqrt' or 'none'.
 
     Raises:
       InputError: another weighting.
     """
     weigh = _weighting("alignment_examples", count_weighting)
     rows = collective.filter(pc.equal(collective["split"], split))
-    columns = (rows[name].to_pylist() for name in ("history", "next_cluster", "label", "count"))
+    columns = (rows[name].to_pylist() for name in ("history", "next_cluster", "label", "weight"))
     return [
         Example(
             alignment_prompt([descriptions[c] for c in history]),
             descriptions[target],
             label=label,
-            weight=weigh(count),
+            weight=weigh(weight),
         )
-        for history, target, label, count in zip(*columns, strict=True)
+        for history, target, label, weight in zip(*columns, strict=True)
     ]
 
 
@@ -207,7 +207,7 @@ def pairwise_examples(
     weigh = _weighting("pairwise_examples", count_weighting)
     _check_pairs(min_gap, max_pairs_per_history)
     rows = collective.filter(pc.equal(collective["split"], split))
-    labels, counts = rows["label"].to_numpy(), rows["count"].to_numpy()
+    labels, weights = rows["label"].to_numpy(), rows["weight"].to_numpy()
     targets = rows["next_cluster"].to_pylist()
     by_history = collections.defaultdict(list)
     for row, history in enumerate(rows["history"].to_pylist()):
@@ -228,7 +228,7 @@ def pairwise_examples(
                     prompt,
                     descriptions[targets[a]],
                     label=float(labels[a]),
-                    weight=weigh(2 / (1 / counts[a] + 1 / counts[b])),
+                    weight=weigh(2 / (1 / weights[a] + 1 / weights[b])),
                     rejected=descriptions[targets[b]],
                 )
             )

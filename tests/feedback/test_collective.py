@@ -10,7 +10,7 @@ from recexplore.errors import InputError
 from recexplore.feedback import collective
 
 
-def moves(rows, split="train"):
+def moves(rows, split="train", propensities=None):
     """(history, next, watch_fraction, liked, skipped) → TRANSITIONS."""
     return pa.table(
         {
@@ -21,6 +21,7 @@ def moves(rows, split="train"):
             "liked": [bool(r[3]) for r in rows],
             "shared": [False] * len(rows),
             "skipped": [bool(r[4]) for r in rows],
+            "propensity": pa.array(propensities or [None] * len(rows), pa.float32()),
         }
     )
 
@@ -96,8 +97,61 @@ def test_the_estimate_finds_a_known_ratio_of_variances():
     draws = [m + 1.5 * random.normal(size=n) for m, n in zip(true_means, counts, strict=True)]
     means = np.array([d.mean() for d in draws])
     squares = np.array([(d**2).mean() for d in draws])
-    found = collective.estimate_shrinkage(targets, counts, means, squares)
+    found = collective.estimate_shrinkage(targets, counts, counts, means, squares)
     assert found == pytest.approx(1.5**2 / 0.5**2, rel=0.15)
+
+
+def test_the_estimate_finds_it_from_weighted_reactions():
+    random = np.random.default_rng(1)
+    targets = np.repeat(np.arange(20), 300)
+    true_means = random.normal(size=20)[targets] + 0.5 * random.normal(size=len(targets))
+    sums = []
+    for mean in true_means:
+        w = random.choice([0.1, 0.5, 1.0], size=random.integers(1, 12))
+        r = mean + 1.5 * random.normal(size=len(w))
+        sums.append((w.sum(), (w**2).sum(), np.average(r, weights=w), np.average(r**2, weights=w)))
+    found = collective.estimate_shrinkage(targets, *np.array(sums).T)
+    assert found == pytest.approx(1.5**2 / 0.5**2, rel=0.15)
+
+
+def test_what_was_shown_on_purpose_counts_less():
+    rows = [((0, 1), 2, w, False, False) for w in (1.0, 0.2, 0.4)] + [((0, 1), 3, 0.1, False, True)]
+    table = moves(rows, propensities=[0.4, 0.1, 0.05, 0.1])
+    found = collective.collective_feedback(
+        ibis.memtable(table), history_length=2, min_propensity=0.1, shrinkage=0.0, outliers=0.0
+    )
+    first = found.table.to_pylist()[0]
+    assert first["count"] == 3
+    assert first["weight"] == pytest.approx(0.25 + 1 + 1)
+    assert first["watch_fraction"] == pytest.approx((0.25 * 1.0 + 0.2 + 0.4) / 2.25)
+    assert first["reward"] == pytest.approx((0.25 * 1.0 + 0.2 + 0.4) / 2.25)
+    plain = collective.collective_feedback(
+        ibis.memtable(table), history_length=2, shrinkage=0.0, outliers=0.0
+    )
+    assert plain.table.to_pylist()[0]["reward"] == pytest.approx((1.0 + 0.2 + 0.4) / 3)
+    assert plain.table["weight"].to_pylist() == [3, 1]
+    with pytest.raises(InputError, match="4 transitions have no propensity"):
+        collective.collective_feedback(
+            ibis.memtable(moves(rows)), history_length=2, min_propensity=0.1
+        )
+
+
+def test_weights_undo_what_a_recommender_favours():
+    random = np.random.default_rng(0)
+    taste = random.random(20_000)  # of each user for cluster 2; who likes it is shown it more often
+    propensity = 0.02 + 0.6 * taste
+    shown = random.random(len(taste)) < propensity
+    rows = [((0, 1), 2, watched, False, False) for watched in taste[shown]]
+    rows += [((0, 1), 3, 0.0, False, True)]
+    table = moves(rows, propensities=[*propensity[shown], 0.02])
+    rewards = {}
+    for floor in (None, 0.02):
+        found = collective.collective_feedback(
+            ibis.memtable(table), history_length=2, min_propensity=floor, shrinkage=0.0
+        )
+        rewards[floor] = found.table.to_pylist()[0]["reward"]
+    assert rewards[None] > 0.6
+    assert rewards[0.02] == pytest.approx(0.5, abs=0.02)
 
 
 def test_moves_that_differ_by_noise_alone_are_shrunk_wholly():
@@ -106,15 +160,23 @@ def test_moves_that_differ_by_noise_alone_are_shrunk_wholly():
     draws = random.normal(size=(100, 3))
     draws = draws - draws.mean(axis=1, keepdims=True)
     found = collective.estimate_shrinkage(
-        np.zeros(100, int), counts, draws.mean(axis=1), (draws**2).mean(axis=1)
+        np.zeros(100, int), counts, counts, draws.mean(axis=1), (draws**2).mean(axis=1)
     )
     assert found == 1e6
     alone = np.ones(5, int)
-    assert collective.estimate_shrinkage(np.zeros(5, int), alone, np.arange(5.0), alone) == 1e6
+    zeros, means = np.zeros(5, int), np.arange(5.0)
+    assert collective.estimate_shrinkage(zeros, alone, alone, means, alone) == 1e6
 
 
 @pytest.mark.parametrize(
-    "argument", [{"rounding": 0.0}, {"min_count": 0}, {"shrinkage": -1.0}, {"outliers": 0.5}]
+    "argument",
+    [
+        {"rounding": 0.0},
+        {"min_count": 0},
+        {"shrinkage": -1.0},
+        {"outliers": 0.5},
+        {"min_propensity": 0.0},
+    ],
 )
 def test_arguments_out_of_range_are_named(argument):
     table = ibis.memtable(moves([((0, 1), 2, 0.5, False, False)]))

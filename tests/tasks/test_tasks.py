@@ -208,7 +208,7 @@ def collective(rows):
             "history": histories,
             "next_cluster": pa.array(targets, pa.int32()),
             "label": pa.array(labels, pa.float32()),
-            "count": pa.array(counts, pa.int32()),
+            "weight": pa.array(counts, pa.float32()),
         }
     )
 
