@@ -22,6 +22,7 @@ _GIN_FLAG = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
 _QUICK = "quick.gin"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _EXIT_BAD_INPUT, _EXIT_PREEMPTED = 2, 143
+_EXIT_NOT_READ = 141  # as of a process that SIGPIPE ended
 
 _STAGES = {
     "ingest": "read an interaction log into recexplore's schema",
@@ -84,6 +85,9 @@ def _tell(error: BaseException) -> int | None:
         return _fail("Interrupted. Run the same command again to go on.", status=130)
     if not isinstance(error, OSError):
         return None
+    if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_NOT_READ
     if error.errno in _DISK_FULL or "No space left on device" in str(error):
         place = f" while writing {error.filename}" if error.filename else ""
         return _fail(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "experiment"
 METRICS, STUDY, EXAMPLES = "metrics.json", "study.json", "examples.json"  # in its folder
+VISITS = "visits.npz"  # likewise; what best of n is studied on
 _PROMPTS = 16_384  # histories that tuning draws from
 OUTPUTS, ASKED = "outputs.parquet", "asked.json"  # in the folder of a tuned model
 _LONGEST_HISTORY = 2  # M² histories can all be asked about, M³ can't
@@ -195,7 +196,7 @@ def experiment(
         work, progress, explorer, models, clusters, truth, history_length
     )
     visits = _visits(here, opinions, settings, num_visits)
-    found = {f"{trial.SAME}/{k}": v for k, v in trial.same_treatment(here, _SPLITS_ALIKE).items()}
+    found: dict[str, float] = {}
     shares = {"experiment": 0.0} | ({"suppressed": suppression} if suppression else {})
     for name, share in shares.items():
         arms = make_arms(
@@ -210,6 +211,9 @@ def experiment(
                 started, arms, dataclasses.replace(settings, suppression=share), update
             )
         found |= {f"{name}/{key}": value for key, value in outcome.metrics(trial.CLAIMS).items()}
+        if name == "experiment":
+            alike = trial.same_treatment(outcome, _SPLITS_ALIKE)
+            found |= {f"{trial.SAME}/{key}": value for key, value in alike.items()}
     told, judged = _off_policy(progress, here, settings, opinions, arms, randomised_days)
     strength = _strength(opinions, told)
     with progress.bar("study") as update:
@@ -222,6 +226,7 @@ def experiment(
         artifacts.write_json(folder / METRICS, found)
         artifacts.write_json(folder / STUDY, studied)
         artifacts.write_json(folder / EXAMPLES, examples)
+        visits.write(folder / VISITS)
     for name in arms:
         played = found.get(f"experiment/{name}/slot_positive_playback_rate", float("nan"))
         progress.say(f"  {name}: positive playback of the slot {played:.4f}")
@@ -384,8 +389,10 @@ def _opinions(
     train, validation = (
         offline.rows_of(transitions, split, size) for split in ("train", "validation")
     )
-    markov = table(baselines.fit_markov(train, validation)(_rows_of_histories(histories, size)))
-    popularity = np.bincount(train.targets, minlength=size).astype(np.float64)
+    fitted = baselines.fit_counts(train, validation)
+    asked = _rows_of_histories(histories, size)
+    markov = table(fitted["markov"](asked))
+    popularity = fitted["popularity"](asked)[0]
     log = _feedback(transitions, size, history_length)
     feedback = baselines.target_mean(log[1], log[2], np.ones(len(log[1])), size)
     features = Features(clusters.centroids, popularity, feedback, markov, history_length)
@@ -495,4 +502,5 @@ def _visits(scene: "Scene", opinions: "Opinions", settings: Any, count: int) -> 
         opinions.scores[asked.histories].astype(np.float64),
         satisfaction.astype(np.float64),
         opinions.truth[asked.histories].astype(np.float64),
+        scene.standing.recent[users],
     )

@@ -59,6 +59,18 @@ def test_help_names_every_stage_and_loads_nothing_heavy():
         assert f"  {stage}" in result.stdout
 
 
+def test_output_that_nobody_reads_on_is_no_error(tmp_path):
+    flags = ["--dry_run", "--gin_file", "runs/demo.gin", "--workdir", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "recexplore.cli", "run", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
     work = tmp_path / "W"
     assert (

@@ -1,6 +1,9 @@
 """The experiment as a person runs it, on a platform small enough for a test."""
 
+import importlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,7 @@ experiments.experiment.num_visits = 200
 experiments.experiment.randomised_days = 3
 experiment.Experiment.bootstrap_samples = 100
 """
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 METRICS = (
     "positive_playback_rate",
     "completion_rate",
@@ -74,7 +78,8 @@ def test_every_arm_s_metrics_are_there_with_their_intervals(made):
     assert metrics["suppressed/random_novel/explored_share"] == pytest.approx(
         0.59 * metrics["experiment/random_novel/explored_share"], abs=0.12
     )
-    assert 0 <= metrics["same_treatment/ueuc"] <= 0.2
+    for name in ("ueuc", "ueuc_adjusted"):
+        assert 0 <= metrics[f"same_treatment/{name}"] <= 0.2
     assert "study/share" in metrics
 
 
@@ -101,6 +106,27 @@ def test_the_report_begins_with_the_experiment(made):
     for words in ARMS.values():
         assert words in page
     assert page.count(", chosen</td>") == 12
+
+
+def test_alignment_models_that_differ_by_gin_lines_are_compared(
+    made, tmp_path, monkeypatch, capsys
+):
+    work, flags = made
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    compare = importlib.import_module("compare_alignment")
+    variants = ["as it is", "labels shrunk", "history of one"]
+    only = [f"--only={name}" for name in variants]
+    arguments = ["--workdir", str(work), "--out", str(tmp_path), *flags[2:], *only]
+    monkeypatch.setattr(sys, "argv", ["compare_alignment.py", *arguments])
+    compare.main()
+    said = capsys.readouterr().out
+    assert all(f"| {name} |" in said for name in variants)
+    found = json.loads((tmp_path / "comparison.json").read_text())["variants"]
+    study = json.loads((work / "experiment" / "study.json").read_text())
+    assert found["as it is"]["best"] == pytest.approx(
+        study["gap"]["satisfaction_best_of_n"], rel=1e-4
+    )
+    assert len({row["best"] for row in found.values()}) == 3
 
 
 def test_a_second_run_does_nothing(made, capsys):

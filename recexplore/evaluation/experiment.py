@@ -370,24 +370,30 @@ def run(
     return Outcome(tallies, scene.before, arm_of, tuple(arms), settings)
 
 
-def same_treatment(scene: Scene, splits: int) -> dict[str, float]:
+def same_treatment(outcome: Outcome, splits: int) -> dict[str, float]:
     """METRIC: how often an interval leaves out zero when users are split in two for nothing.
 
-    It is 0.05 if intervals are what they say. The pre-period is compared, without CUPED.
+    It is 0.05 if intervals are what they say. All users' pre-period is compared as it is; and, as
+    METRIC_adjusted, the experiment's time of the users of the first arm with CUPED, as arms are.
 
     Args:
-      scene: whose pre-period.
+      outcome: of an experiment.
       splits: ways to split.
     """
-    users = np.arange(len(scene.standing.last))
+    everyone = np.arange(len(outcome.arm_of))
+    alike = outcome.arm_of == 0
     salts = [f"same {split}" for split in range(splits)]
     found = {}
     for metric in _CALIBRATED:
-        rate = statistics.false_positive_rate(
-            statistics.Sums(*scene.before.ratio(metric)), users, salts, samples=200
-        )
-        for part, end in zip(rate, ("", "_low", "_high"), strict=True):
-            found[f"{metric}{end}"] = float(part)
+        before, now = (tallies.ratio(metric) for tallies in (outcome.before, outcome.tallies))
+        compared = {
+            metric: (statistics.Sums(*before), everyone),
+            f"{metric}_adjusted": (statistics.Sums(*now, *before).of(alike), everyone[alike]),
+        }
+        for name, (sums, users) in compared.items():
+            rate = statistics.false_positive_rate(sums, users, salts, samples=200)
+            for part, end in zip(rate, ("", "_low", "_high"), strict=True):
+                found[f"{name}{end}"] = float(part)
     return found
 
 

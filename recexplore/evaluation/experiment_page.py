@@ -11,7 +11,7 @@ ARMS = {
     "control": "no exploration",
     "random_novel": "random novel cluster",
     "popular_novel": "most popular novel cluster",
-    "markov": "Markov by the last cluster",
+    "markov": "Markov by the last clusters",
     "bandit": "contextual bandit",
     "novelty_only": "novelty model alone (n = 1)",
     **{f"best_of_{n}": f"best of {n}" for n in (2, 5, 10, 20, 50)},
@@ -80,10 +80,13 @@ def sections(
     found = {
         "The experiment: every arm": _arms(metrics, "experiment"),
         "Best of n under the truth": figure(
-            "What more draws buy; truth, distance from the novelty model, diversity.",
+            "What more draws buy: truth, the score they are chosen by, distance from the novelty "
+            "model, diversity.",
             figures.best_of_n(at_one),
         )
-        + _limits(metrics),
+        + _limits(metrics)
+        + _kept(study["kept"])
+        + _samplers(study["samplers"]),
     }
     if study["tuning"]:
         curves = {_tuned_in_words(name): rows for name, rows in study["tuning"].items()}
@@ -206,11 +209,13 @@ def _alike(metrics: Mapping[str, float]) -> str:
         "daily_active_users": "daily active users",
     }
     rates = ", ".join(
-        f"{words} {metrics[f'same_treatment/{name}']:.1%}" for name, words in names.items()
+        f"{words} {metrics[f'same_treatment/{name}']:.1%} as it is and "
+        f"{metrics[f'same_treatment/{name}_adjusted']:.1%} with CUPED"
+        for name, words in names.items()
     )
     return (
         "<p class='soft'>When users are split in two for nothing, the intervals see a difference "
-        f"in this share of splits (it should be 5 %): {rates}.</p>"
+        f"in this share of 200 splits (it should be 5 %): {rates}.</p>"
     )
 
 
@@ -241,6 +246,41 @@ def _limits(metrics: Mapping[str, float]) -> str:
     return (
         "<table><thead><tr><th>what limits it: one part swapped at a time</th>"
         f"<th class='n'>true satisfaction</th></tr></thead><tbody>{lines}</tbody></table>"
+    )
+
+
+def _kept(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The k best of n: whoever keeps all that was drawn has gained nothing by scoring."""
+    counts, sizes = (sorted({row[name] for row in rows}) for name in ("n", "k"))
+    value = {(row["n"], row["k"]): f"{row['satisfaction']:.4f}" for row in rows}
+    lines = "".join(
+        f"<tr><td>{n} drawn</td>"
+        + "".join(f"<td class='n'>{value.get((n, k), '')}</td>" for k in sizes)
+        + "</tr>"
+        for n in counts
+    )
+    heads = "".join(f"<th class='n'>{k} kept</th>" for k in sizes)
+    return (
+        f"<table><thead><tr><th>true satisfaction, different clusters</th>{heads}</tr></thead>"
+        f"<tbody>{lines}</tbody></table>"
+    )
+
+
+def _samplers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Independent against distinct draws."""
+    names = {"independent": "independent draws", "distinct": "all draws different"}
+    counts = sorted({row["n"] for row in rows})
+    value = {(row["n"], row["sampler"]): row for row in rows}
+    lines = "".join(
+        f"<tr><td>{words}</td>"
+        + "".join(f"<td class='n'>{value[n, name]['satisfaction']:.4f}</td>" for n in counts)
+        + "</tr>"
+        for name, words in names.items()
+    )
+    heads = "".join(f"<th class='n'>n = {n}</th>" for n in counts)
+    return (
+        f"<table><thead><tr><th>true satisfaction of the best</th>{heads}</tr></thead>"
+        f"<tbody>{lines}</tbody></table>"
     )
 
 

@@ -96,13 +96,14 @@ def arms(rows: Sequence[tuple[str, float, float, float]], label: str) -> str:
 
 
 def best_of_n(rows: Sequence[Mapping[str, float | int]]) -> str:
-    """Best of n under the truth: satisfaction, distance from the novelty model, diversity.
+    """Best of n under the truth: satisfaction beside the score that is chosen by, distance from the
+    novelty model, diversity.
 
     Args:
       rows: of `study.scaling`, at temperature 1.
     """
     counts = [row["n"] for row in rows]
-    figure, axes = _figure(9.6, 3.3, 1, 3)
+    figure, axes = _figure(9.6, 5.8, 2, 2)
     panels = (
         (
             "true satisfaction",
@@ -110,6 +111,7 @@ def best_of_n(rows: Sequence[Mapping[str, float | int]]) -> str:
             ("theory_satisfaction", "theory, normal proxy", ":"),
             ("satisfaction", "chosen by alignment", "-"),
         ),
+        ("alignment score, 0 to 1", ("score", "best of n", "-")),
         (
             "KL from the novelty model",
             ("divergence_bound", "log n − (n−1)/n", ":"),

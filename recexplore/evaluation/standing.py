@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from recexplore.simulation.platform import EXPLORATION, Day
 
 ENGAGED = 0.5  # watch fraction from which an impression is a positive playback
+KEPT = 3  # clusters at least of everyone's past that are kept
 _LONG_AGO = -10_000
 
 
@@ -40,7 +41,8 @@ class Standing:
       history_length: K.
 
     Attributes:
-      last: the history, oldest first, -1 where there is less.
+      recent: the last `KEPT` clusters or more, of which the history are the last; -1 where there is
+        less.
       engaged: number of positive playbacks.
     """
 
@@ -53,10 +55,16 @@ class Standing:
     ):
         self._item_clusters = item_clusters
         self.num_clusters = num_clusters
-        self.last = np.full((num_users, history_length), -1, np.int32)
+        self._length = history_length
+        self.recent = np.full((num_users, max(history_length, KEPT)), -1, np.int32)
         self.engaged = np.zeros((num_users, num_clusters), np.int16)
         self._explored_on = np.full((num_users, num_clusters), _LONG_AGO, np.int16)
         self._day = 0
+
+    @property
+    def last(self) -> Int[np.ndarray, "U K"]:
+        """Every user's history, oldest first, -1 where there is less."""
+        return self.recent[:, -self._length :]
 
     def follow(self, day: Day) -> Novelty:
         """Takes in a day, slot by slot, and says what was new to whom at that moment."""
@@ -77,12 +85,12 @@ class Standing:
 
     def _move(self, users: Int[np.ndarray, "A"], clusters: Int[np.ndarray, "A"]) -> None:
         """Makes each user's cluster the last of their history, once."""
-        last = self.last[users]
-        found = last == clusters[:, None]
+        recent = self.recent[users]
+        found = recent == clusters[:, None]
         place = np.where(found.any(axis=1), found.argmax(axis=1), 0)
-        shifted = np.concatenate([last[:, 1:], clusters[:, None]], axis=1)
-        after = np.arange(last.shape[1]) >= place[:, None]
-        self.last[users] = np.where(after, shifted, last)
+        shifted = np.concatenate([recent[:, 1:], clusters[:, None]], axis=1)
+        after = np.arange(recent.shape[1]) >= place[:, None]
+        self.recent[users] = np.where(after, shifted, recent)
 
     def histories(self, users: Int[np.ndarray, "A"]) -> Int[np.ndarray, "A"]:
         """The users' histories as numbers (`history_code`); -1 where one isn't complete."""

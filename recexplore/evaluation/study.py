@@ -4,13 +4,16 @@ Everything here is an expectation over a policy's choices at some visits. Most o
 draw is involved, so that curves have no noise but that of which users are asked.
 """
 
+import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.special
 from jaxtyping import Float, Int
 
+from recexplore.errors import InputError
 from recexplore.evaluation import policies
 
 SAMPLE_COUNTS = (1, 2, 5, 10, 20, 50, 100)
@@ -33,6 +36,8 @@ class Visits(NamedTuple):
       satisfaction: the truth of this very user.
       believed: the truth of the history, averaged over other users who have it: the most that can
         be known of someone by their history.
+      recent: the last L clusters, oldest first, of which the history are the last; -1 where there
+        is less.
     """
 
     users: Int[np.ndarray, "R"]
@@ -40,6 +45,31 @@ class Visits(NamedTuple):
     scores: Float[np.ndarray, "R M"]
     satisfaction: Float[np.ndarray, "R M"]
     believed: Float[np.ndarray, "R M"]
+    recent: Int[np.ndarray, "R L"]
+
+    def write(self, file: Path) -> None:
+        """Writes an .npz file; what is a fraction, in float32."""
+        columns = {
+            name: values.astype(np.float32) if values.dtype.kind == "f" else values
+            for name, values in self._asdict().items()
+        }
+        np.savez_compressed(file, **columns)
+
+    @classmethod
+    def read(cls, file: Path) -> "Visits":
+        """Reads what `write` wrote.
+
+        Raises:
+          InputError: it isn't there, or isn't that.
+        """
+        try:
+            with file.open("rb") as stream, np.load(stream) as columns:
+                found = {name: columns[name] for name in cls._fields}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{file} holds no visits of an experiment ({error}). Run `recexplore experiment`."
+            ) from error
+        return cls(*(v.astype(np.float64) if v.dtype.kind == "f" else v for v in found.values()))
 
     def value(self, policy: Float[np.ndarray, "R M"]) -> Float[np.ndarray, "R"]:
         """True satisfaction to be expected of a policy at each visit."""

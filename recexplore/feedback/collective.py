@@ -78,7 +78,7 @@ def collective_feedback(
     *,
     history_length: int,
     signal_weights: Mapping[str, float] = SIGNAL_WEIGHTS,
-    shrinkage: float | None = None,
+    shrinkage: int | float | None = None,
     min_count: int = 1,
     rounding: float = 0.05,
     outliers: float = 0.02,

@@ -169,6 +169,20 @@ def test_constants_are_chosen_on_validation():
     assert recall(fitted["history"]["ease"]) >= max(ridges)
 
 
+def test_counts_are_fitted_with_all_seen_left_out():
+    train, validation = some_rows(400, 30, seed=0), some_rows(300, 30, seed=1)
+    fitted = baselines.fit_counts(train, validation)
+
+    def recall(baseline):
+        ranks = metrics.ranks(baseline(validation), validation.targets, validation.known_mask)
+        return metrics.recall(ranks, 10).mean()
+
+    all_of_them = baselines.fit_all(train, validation)["seen"]
+    assert recall(fitted["popularity"]) == recall(all_of_them["popularity"])
+    singles_and_pairs = [recall(all_of_them[name]) for name in ("markov", "pair_markov")]
+    assert recall(fitted["markov"]) == max(singles_and_pairs)
+
+
 def test_the_target_mean_weights_by_users_and_falls_back_to_the_overall_mean():
     found = baselines.target_mean(
         np.array([0, 0, 2]), np.array([1.0, 0.4, 0.5]), np.array([1, 3, 4]), 3

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from recexplore.errors import InputError
 from recexplore.evaluation import policies, study
 
 ROWS, CLUSTERS = 60, 30
@@ -18,7 +19,20 @@ def visits(noise, seed=0):
     believed = random.random((ROWS, CLUSTERS))
     satisfaction = np.clip(believed + 0.05 * random.normal(size=believed.shape), 0, 1)
     scores = special.logit(np.clip(believed, 0.01, 0.99)) + noise * random.normal(size=log_p.shape)
-    return study.Visits(np.arange(ROWS) // 2, log_p, scores, satisfaction, believed)
+    recent = random.integers(-1, CLUSTERS, (ROWS, 3))
+    return study.Visits(np.arange(ROWS) // 2, log_p, scores, satisfaction, believed, recent)
+
+
+def test_visits_are_read_as_they_were_written(tmp_path):
+    written = visits(noise=1.0)
+    written.write(tmp_path / "visits.npz")
+    for before, after in zip(written, study.Visits.read(tmp_path / "visits.npz"), strict=True):
+        np.testing.assert_allclose(after, before, rtol=1e-6)
+        assert after.dtype == before.dtype
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "visits.npz").read_bytes()[:100])
+    for name in ("damaged.npz", "missing.npz"):
+        with pytest.raises(InputError, match=f"{name} holds no visits.*recexplore experiment"):
+            study.Visits.read(tmp_path / name)
 
 
 def test_the_gap_is_closed_by_scores_that_order_as_the_truth_does():
