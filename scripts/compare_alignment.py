@@ -2,6 +2,7 @@
 
 python scripts/compare_alignment.py --workdir W --out V
 python scripts/compare_alignment.py --workdir W --out V --only "as it is" --only pairs
+python scripts/compare_alignment.py --workdir W --out V --gin.alignment/NAME=VALUE  # for all of them
 
 W holds a finished `recexplore run --gin_file runs/experiment.gin` (with the same --gin_file and
 --quick, if any). Each variant is learnt in a folder of its own in V, from W's log and clusters, and
@@ -67,9 +68,11 @@ def main() -> None:
     parser.add_argument("--gin_file", action="append", metavar="FILE")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", action="append", choices=list(VARIANTS), metavar="VARIANT")
-    flags = parser.parse_args()
+    flags, shared = parser.parse_known_args()
+    if unknown := [argument for argument in shared if not argument.startswith("--gin.")]:
+        parser.error(f"unknown: {' '.join(unknown)}")
     settings = [f"--gin_file={file}" for file in flags.gin_file or ["runs/experiment.gin"]]
-    settings += ["--quick"] * flags.quick
+    settings += ["--quick"] * flags.quick + shared
     visits = study.Visits.read(flags.workdir / experiments.EXPERIMENT / experiments.VISITS)
     rows, scores = {}, {}
     print(f"| variant | {' | '.join(_COLUMNS.values())} |\n|{' --- |' * (len(_COLUMNS) + 1)}")
