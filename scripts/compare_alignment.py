@@ -2,7 +2,7 @@
 
 python scripts/compare_alignment.py --workdir W --out V
 python scripts/compare_alignment.py --workdir W --out V --only "as it is" --only pairs
-python scripts/compare_alignment.py --workdir W --out V --gin.alignment/NAME=VALUE  # for all of them
+python scripts/compare_alignment.py --workdir W --out V --gin.SEED=1  # gin lines go to all of them
 
 W holds a finished `recexplore run --gin_file runs/experiment.gin` (with the same --gin_file and
 --quick, if any). Each variant is learnt in a folder of its own in V, from W's log and clusters, and
