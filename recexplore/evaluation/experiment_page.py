@@ -1,5 +1,6 @@
 """The report's part on the experiment: what was claimed, every arm, best of n, and tuning."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -103,6 +104,9 @@ def sections(
 
 
 def _tuned_in_words(name: str) -> str:
+    """`free_kl_0_05` is "free, KL 0.05"."""
+    if weight := re.search(r"_kl_(\d+(_\d+)?)$", name):
+        name = f"{name[: weight.start()]}, KL {weight[1].replace('_', '.')}"
     return name.replace("_", " ")
 
 
@@ -261,7 +265,9 @@ def _kept(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     heads = "".join(f"<th class='n'>{k} kept</th>" for k in sizes)
     return (
-        f"<table><thead><tr><th>true satisfaction, different clusters</th>{heads}</tr></thead>"
+        "<p class='soft'>True satisfaction of the k of n different clusters of highest score. "
+        "With all kept, scoring gains nothing.</p>"
+        f"<table><thead><tr><th>n</th>{heads}</tr></thead>"
         f"<tbody>{lines}</tbody></table>"
     )
 
@@ -279,7 +285,8 @@ def _samplers(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     heads = "".join(f"<th class='n'>n = {n}</th>" for n in counts)
     return (
-        f"<table><thead><tr><th>true satisfaction of the best</th>{heads}</tr></thead>"
+        "<p class='soft'>True satisfaction of the best of n.</p>"
+        f"<table><thead><tr><th>draws</th>{heads}</tr></thead>"
         f"<tbody>{lines}</tbody></table>"
     )
 
