@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
-from recexplore.evaluation import offline
-from recexplore.evaluation.baselines import Baseline, Rows, fit_all, nearest
+from recexplore.evaluation import logged, offline
+from recexplore.evaluation.baselines import Baseline, Rows, fit_all, nearest, target_mean
 from recexplore.evaluation.offline import SUFFIXES
 from recexplore.evaluation.scoreboard import Scoreboard
 from recexplore.explorer import Explorer, History
@@ -161,3 +163,52 @@ def add_best_of_n(
                 draws, found.draw_scores, rows.targets, counts, settings.num_chosen
             )
     return scaling
+
+
+def off_policy_metrics(
+    explorer: Explorer,
+    pair: tuple[Model, Model],
+    impressions: logged.Impressions,
+    transitions: pa.Table,
+    progress: Progress,
+    *,
+    relevance_weight: float,
+    seed: int,
+) -> dict[str, float]:
+    """What the experiment's arms would be worth, from what the log's own policy showed.
+
+    Args:
+      explorer: asks the models, once for each different history.
+      pair: the novelty and the alignment model.
+      impressions: of the held-out period.
+      transitions: TRANSITIONS, whose training rows give the doubly robust estimate's model: the
+        mean watch fraction of each cluster where it was new.
+      progress: where to say what is going on.
+      relevance_weight: β of `exhaustive`.
+      seed: of the resamples.
+
+    Returns:
+      See `logged.value_metrics`, of every policy.
+    """
+    novelty, alignment = pair
+    histories = impressions.histories
+    excluded = np.zeros((len(histories), 1, explorer.num_clusters), bool)
+    for row, history in zip(excluded[:, 0], histories, strict=True):
+        row[history] = True
+    with progress.bar("evaluate on logged propensities") as update:
+        log_p = explorer.log_probabilities(novelty, histories, excluded, update)[:, 0]
+    scores, _ = score_distinct(explorer, alignment, histories, progress)
+    train = transitions.filter(pc.equal(transitions["split"], "train"))
+    feedback = target_mean(
+        train["next_cluster"].to_numpy(),
+        train["watch_fraction"].to_numpy().astype(np.float64),
+        np.ones(train.num_rows),
+        explorer.num_clusters,
+    )
+    metrics: dict[str, float] = {}
+    policies = logged.make_policies(log_p, scores, relevance_weight=relevance_weight)
+    for name, policy in policies.items():
+        metrics |= logged.value_metrics(
+            name, logged.value(impressions, policy, feedback, seed=seed)
+        )
+    return metrics

@@ -35,6 +35,7 @@ REPORT = "report.html"
 NOVELTY = "novelty"  # the novelty model that fills the exploration table
 ALIGNMENT = "alignment"
 _LENGTHS = "max_lengths.json"  # of each model's examples, in tokens
+_PERIODS = "periods.json"  # when testing begins, in seconds; how long a cluster stays known
 _HISTORIES = "history_lengths.json"  # of each model's examples, in clusters
 
 
@@ -83,7 +84,7 @@ def stages(configuration: "Configuration") -> list[Stage]:
         Stage(
             "evaluate",
             evaluate,
-            (CLUSTERS, FEEDBACK, VOCABULARY, *trained, EXPLORATION, *proofs),
+            (*rows, VOCABULARY, *trained, EXPLORATION, *proofs),
             (EVALUATION, METRICS),
         ),
         Stage(
@@ -354,6 +355,8 @@ def aggregate(
             artifacts.HISTORIES,
         )
         artifacts.write_json(folder / "counts.json", counts)
+        known = {"test": splits.test, "look_back_days": look_back_days}
+        artifacts.write_json(folder / _PERIODS, known)
     _say_counts(progress, counts)
 
 
@@ -609,6 +612,7 @@ def evaluate(
     settings: Any,
     proposal_counts: Sequence[int] = (1, 2, 5, 10, 20, 50),
     relevance_weight: float = 1.0,
+    off_policy_users: int | None = 2000,
     batch_size: int = 64,
     experiment: bool = False,
     seed: int = 0,
@@ -624,6 +628,8 @@ def evaluate(
       proposal_counts: the n of the scaling curve and of best_of_1, …; those above the n of
         `settings` are left out.
       relevance_weight: β of the method `exhaustive`, which ranks by log p + β · score.
+      off_policy_users: whose impressions tell what policies would be worth, where propensities are
+        logged; a sample of that many, or None for all users.
       batch_size: histories a call of a compiled step.
       experiment: the run has an experiment, whose figures go into metrics.json as well.
       seed: of the proposals, and of the random order.
@@ -684,6 +690,24 @@ def evaluate(
         **alignment,
         **offline.exploration_metrics(table, size),
     }
+    impressions = _logged_impressions(
+        work,
+        progress,
+        size,
+        history_length=history_length,
+        num_users=off_policy_users,
+        seed=seed,
+    )
+    if impressions is not None:
+        metrics |= held_out.off_policy_metrics(
+            explorer,
+            (models[NOVELTY], models[ALIGNMENT]),
+            impressions,
+            transitions,
+            progress,
+            relevance_weight=relevance_weight,
+            seed=seed,
+        )
     if experiment:
         metrics |= artifacts.read_json(work / experiments.EXPERIMENT / experiments.METRICS)
     with artifacts.new_folder(work / EVALUATION) as folder:
@@ -698,6 +722,29 @@ def evaluate(
     for name in (ALIGNMENT, "target_mean", "target_mean_shrunk"):
         if (key := f"{name}/pairwise_accuracy") in metrics:
             progress.say(f"  {name}: pairwise accuracy {metrics[key]:.4f}")
+
+
+def _logged_impressions(work: Path, progress: Progress, size: int, **options: Any):
+    """The held-out period's impressions; None, with a line why, where propensities are missing."""
+    from recexplore.evaluation import logged
+    from recexplore.interests.cluster_table import ClusterTable
+
+    path = work / FEEDBACK / _PERIODS
+    if not path.exists():  # an older version made it
+        progress.say("  no off-policy values: run `recexplore aggregate --overwrite` for them")
+        return None
+    known, interactions = artifacts.read_json(path), _read_log(work)[0]
+    if not logged.has_propensities(interactions, known["test"]):
+        progress.say("  no off-policy values: the test period's log has no propensities")
+        return None
+    return logged.read_impressions(
+        interactions,
+        ClusterTable.read(work / CLUSTERS).item_clusters,
+        size,
+        start=known["test"],
+        look_back_days=known["look_back_days"],
+        **options,
+    )
 
 
 def _check_evaluation(settings: Any) -> None:

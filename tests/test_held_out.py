@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from recexplore import held_out
-from recexplore.evaluation import metrics, offline
+from recexplore.evaluation import logged, metrics, off_policy, offline
+from recexplore.evaluation.arms import Asked
 from recexplore.evaluation.baselines import Rows
 from recexplore.evaluation.offline import SUFFIXES
 from recexplore.explorer import Explorer
@@ -38,6 +40,8 @@ class Tables(Explorer):
         self.log_p = np.log(random.dirichlet(np.ones(M), M))
         self.logits = random.normal(size=(M, M))
         self.asked = []
+
+    num_clusters = M
 
     def scores(self, model, histories, progress):
         self.asked += histories
@@ -144,3 +148,41 @@ def test_best_of_few_are_the_first_of_the_same_draws(board, progress):
     assert found["best_of_1/recall@10"] == pytest.approx((first == ROWS.targets).mean())
     assert found["best_of_1/coverage@10"] == pytest.approx(len(set(first)) / M)
     assert "best_of_20/recall@10" not in found and "best_of_50/recall@10" not in found
+
+
+def test_every_policy_is_valued_by_its_models_and_what_training_says_of_clusters(progress):
+    explorer, random = Tables(), np.random.default_rng(5)
+    count, histories = 200, [[0, 1], [2, 3], [1, 0]]
+    codes = random.integers(0, 3, count)
+    allowed = random.random((count, M)) < 0.5
+    allowed[:, -1] = True
+    for row, code in zip(allowed, codes, strict=True):
+        row[histories[code]] = False
+    log = off_policy.Log(
+        np.arange(count),
+        random.integers(0, M, count),
+        random.random(count),
+        0.1 + 0.9 * random.random(count),
+        np.arange(count) // 4,
+    )
+    impressions = logged.Impressions(histories, Asked(codes, allowed), log, np.full(count, 0.5))
+    transitions = pa.table(
+        {
+            "split": ["train"] * M + ["test"] * M,
+            "next_cluster": pa.array([*range(M)] * 2, pa.int32()),
+            "watch_fraction": pa.array([0.25] * M + [0.9] * M, pa.float32()),
+        }
+    )
+    found = held_out.off_policy_metrics(
+        explorer, (MODEL, MODEL), impressions, transitions, progress, relevance_weight=2.0, seed=0
+    )
+    last = np.array([histories[code][-1] for code in codes])
+    p = np.where(allowed, np.exp(explorer.log_p[last]), 0.0)
+    p /= p.sum(axis=1, keepdims=True)
+    both = np.where(allowed, explorer.log_p[last] + 2.0 * explorer.logits[last], -np.inf)
+    for name, q in (("novelty_only", p), ("exhaustive", np.eye(M)[both.argmax(axis=1)])):
+        weights = q[np.arange(count), log.actions] * 0.5 / log.propensities
+        assert found[f"{name}/off_policy_ips"] == pytest.approx((weights * log.rewards).mean())
+        robust = 0.25 + weights * (log.rewards - 0.25)
+        assert found[f"{name}/off_policy_dr"] == pytest.approx(robust.mean())
+    assert len({key.split("/")[0] for key in found}) == 6
