@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recexplore import held_out
+from recexplore import artifacts, held_out, pipeline
 from recexplore.evaluation import logged, metrics, off_policy, offline
 from recexplore.evaluation.arms import Asked
 from recexplore.evaluation.baselines import Rows
@@ -186,3 +186,32 @@ def test_every_policy_is_valued_by_its_models_and_what_training_says_of_clusters
         robust = 0.25 + weights * (log.rewards - 0.25)
         assert found[f"{name}/off_policy_dr"] == pytest.approx(robust.mean())
     assert len({key.split("/")[0] for key in found}) == 6
+
+
+def test_a_log_that_cannot_tell_values_is_said_in_a_line(tmp_path, capsys):
+    def impressions():
+        return pipeline._logged_impressions(
+            tmp_path, Progress(terminal=False), M, history_length=2, num_users=None, seed=0
+        )
+
+    assert impressions() is None
+    assert "recexplore aggregate --overwrite" in capsys.readouterr().err
+    columns = {
+        "user_id": ["a"],
+        "item_id": ["v"],
+        "timestamp": [5],
+        "watch_fraction": [0.5],
+        **dict.fromkeys(("liked", "shared", "skipped"), [False]),
+        **dict.fromkeys(("propensity", "policy"), [None]),
+    }
+    items = {"item_id": ["v"], "title": ["v"], "text": ["v"], "embedding": [None]}
+    folder = tmp_path / "interactions"
+    for name, table, schema in (
+        ("interactions", columns, artifacts.INTERACTIONS),
+        ("items", items, artifacts.ITEMS),
+    ):
+        artifacts.write_table(folder / f"{name}.parquet", pa.table(table), schema)
+    known = {"test": 3, "look_back_days": None}
+    artifacts.write_json(tmp_path / "feedback" / "periods.json", known)
+    assert impressions() is None
+    assert "the test period's log has no propensities" in capsys.readouterr().err
