@@ -729,19 +729,22 @@ def _logged_impressions(work: Path, progress: Progress, size: int, **options: An
     from recexplore.evaluation import logged
     from recexplore.interests.cluster_table import ClusterTable
 
-    path = work / FEEDBACK / _PERIODS
-    if not path.exists():  # an older version made it
-        progress.say("  no off-policy values: run `recexplore aggregate --overwrite` for them")
+    path, interactions = work / FEEDBACK / _PERIODS, _read_log(work)[0]
+    start = 0
+    if path.exists():  # an older version's feedback lacks it
+        known = artifacts.read_json(path)
+        start = known["test"]
+    if not logged.has_propensities(interactions, start):
+        progress.say("  no off-policy values: the log has impressions without a propensity")
         return None
-    known, interactions = artifacts.read_json(path), _read_log(work)[0]
-    if not logged.has_propensities(interactions, known["test"]):
-        progress.say("  no off-policy values: the test period's log has no propensities")
+    if not path.exists():
+        progress.say("  no off-policy values: run `recexplore aggregate --overwrite` for them")
         return None
     return logged.read_impressions(
         interactions,
         ClusterTable.read(work / CLUSTERS).item_clusters,
         size,
-        start=known["test"],
+        start=start,
         look_back_days=known["look_back_days"],
         **options,
     )

@@ -194,24 +194,31 @@ def test_a_log_that_cannot_tell_values_is_said_in_a_line(tmp_path, capsys):
             tmp_path, Progress(terminal=False), M, history_length=2, num_users=None, seed=0
         )
 
-    assert impressions() is None
-    assert "recexplore aggregate --overwrite" in capsys.readouterr().err
     columns = {
-        "user_id": ["a"],
-        "item_id": ["v"],
-        "timestamp": [5],
-        "watch_fraction": [0.5],
-        **dict.fromkeys(("liked", "shared", "skipped"), [False]),
-        **dict.fromkeys(("propensity", "policy"), [None]),
+        "user_id": ["a", "a"],
+        "item_id": ["v", "v"],
+        "timestamp": [2, 5],
+        "watch_fraction": [0.5, 0.5],
+        **dict.fromkeys(("liked", "shared", "skipped"), [False, True]),
+        "policy": [None, None],
     }
     items = {"item_id": ["v"], "title": ["v"], "text": ["v"], "embedding": [None]}
     folder = tmp_path / "interactions"
-    for name, table, schema in (
-        ("interactions", columns, artifacts.INTERACTIONS),
-        ("items", items, artifacts.ITEMS),
-    ):
-        artifacts.write_table(folder / f"{name}.parquet", pa.table(table), schema)
+    artifacts.write_table(folder / "items.parquet", pa.table(items), artifacts.ITEMS)
+
+    def log(propensities):
+        table = pa.table({**columns, "propensity": propensities})
+        artifacts.write_table(folder / "interactions.parquet", table, artifacts.INTERACTIONS)
+
+    without = "no off-policy values: the log has impressions without a propensity"
+    log([None, None])
+    assert impressions() is None
+    assert without in capsys.readouterr().err
+    log([0.5, 0.5])  # the feedback is of an older version, which didn't say when testing begins
+    assert impressions() is None
+    assert "recexplore aggregate --overwrite" in capsys.readouterr().err
     known = {"test": 3, "look_back_days": None}
     artifacts.write_json(tmp_path / "feedback" / "periods.json", known)
+    log([0.5, None])
     assert impressions() is None
-    assert "the test period's log has no propensities" in capsys.readouterr().err
+    assert without in capsys.readouterr().err

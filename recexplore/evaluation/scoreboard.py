@@ -25,8 +25,8 @@ class Scoreboard:
 
         NAME/recall@k, NAME/ndcg@k   of the target, in the ranking of all clusters
         NAME/serendipity@10          a hit that no primitive has among its first ten
-        NAME/engaged_pairs@10        different clusters that a user was recommended at any of their
-                                     rows and moved into at any; mean over users
+        NAME/engaged_pairs@10        of what a user was recommended at their first row, clusters
+                                     that they moved into in the whole period; mean over users
         NAME/novelty@10              mean of -log2 of the recommended clusters' popularity
         NAME/coverage@10             share of all clusters that are recommended to anyone
 
@@ -49,7 +49,7 @@ class Scoreboard:
         self._rows = rows
         self._masks = {"history": rows.history_mask, "seen": rows.known_mask}
         self._surprise = -np.log2(popularity)
-        self._users, self._place = np.unique(rows.users, return_inverse=True)
+        _, self._first, self._place = np.unique(rows.users, return_index=True, return_inverse=True)
         self._primitive_ranks = {
             kind: np.stack([self._ranks(kind, scores) for scores in primitives[kind]])
             for kind in SUFFIXES
@@ -109,7 +109,9 @@ class Scoreboard:
     def _add_lists(self, kind, name, lists: Int[np.ndarray, "R k"]) -> None:
         rows, suffix = self._rows, f"@{PLACES}{SUFFIXES[kind]}"
         self._plain[f"{name}/coverage{suffix}"] = metrics.coverage(lists, rows.num_clusters)
-        pairs = metrics.engaged_pairs(lists, rows.users, rows.users, rows.targets)
+        # One list for each user: with a new one at every row, whatever varies most would win.
+        first = self._first
+        pairs = metrics.engaged_pairs(lists[first], rows.users[first], rows.users, rows.targets)
         self._ratios[f"{name}/engaged_pairs{suffix}"] = (pairs, np.ones(len(pairs)))
         there = lists >= 0
         surprise = np.where(there, self._surprise[lists], 0.0).sum(axis=1)

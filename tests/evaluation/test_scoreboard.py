@@ -43,7 +43,8 @@ def expected(lists, kind):
         for i, (hit, t) in enumerate(zip(hits, ROWS.targets, strict=True))
     ]
     shown = [-np.log2(POPULARITY[c]) for row in lists for c in row]
-    pairs = {(u, c) for u, row in zip(ROWS.users, lists, strict=True) for c in row}
+    first = dict(zip(ROWS.users[::-1], lists[::-1], strict=True))  # the oldest row comes last
+    pairs = {(user, cluster) for user, row in first.items() for cluster in row}
     engaged = pairs & set(zip(ROWS.users, ROWS.targets, strict=True))
     return {
         "recall": np.mean(hits),
