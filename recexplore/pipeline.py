@@ -35,6 +35,7 @@ REPORT = "report.html"
 NOVELTY = "novelty"  # the novelty model that fills the exploration table
 ALIGNMENT = "alignment"
 _LENGTHS = "max_lengths.json"  # of each model's examples, in tokens
+_PERIODS = "periods.json"  # when testing begins, in seconds; how long a cluster stays known
 _HISTORIES = "history_lengths.json"  # of each model's examples, in clusters
 
 
@@ -83,7 +84,7 @@ def stages(configuration: "Configuration") -> list[Stage]:
         Stage(
             "evaluate",
             evaluate,
-            (CLUSTERS, FEEDBACK, VOCABULARY, *trained, EXPLORATION, *proofs),
+            (*rows, VOCABULARY, *trained, EXPLORATION, *proofs),
             (EVALUATION, METRICS),
         ),
         Stage(
@@ -354,6 +355,8 @@ def aggregate(
             artifacts.HISTORIES,
         )
         artifacts.write_json(folder / "counts.json", counts)
+        known = {"test": splits.test, "look_back_days": look_back_days}
+        artifacts.write_json(folder / _PERIODS, known)
     _say_counts(progress, counts)
 
 
@@ -608,6 +611,8 @@ def evaluate(
     history_length: int,
     settings: Any,
     proposal_counts: Sequence[int] = (1, 2, 5, 10, 20, 50),
+    relevance_weight: float = 1.0,
+    off_policy_users: int | None = 2000,
     batch_size: int = 64,
     experiment: bool = False,
     seed: int = 0,
@@ -620,18 +625,132 @@ def evaluate(
       novelty_histories: novelty model → how many clusters of history it reads.
       history_length: K of the alignment model.
       settings: a BestOfN for the held-out histories, its k at least 10.
-      proposal_counts: the n of the scaling curve; those above the n of `settings` are left out.
+      proposal_counts: the n of the scaling curve and of best_of_1, …; those above the n of
+        `settings` are left out.
+      relevance_weight: β of the method `exhaustive`, which ranks by log p + β · score.
+      off_policy_users: whose impressions tell what policies would be worth, where propensities are
+        logged; a sample of that many, or None for all users.
       batch_size: histories a call of a compiled step.
       experiment: the run has an experiment, whose figures go into metrics.json as well.
-      seed: of the proposals.
+      seed: of the proposals, and of the random order.
     """
-    import numpy as np
     import pyarrow.compute as pc
 
-    from recexplore.evaluation import baselines, offline
+    from recexplore import held_out
+    from recexplore.evaluation import offline
     from recexplore.explorer import load_explorer
+    from recexplore.interests.cluster_table import ClusterTable
     from recexplore.serving.exploration_table import ExplorationTable
 
+    _check_evaluation(settings)
+    explorer, models = load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
+    size = explorer.num_clusters
+    transitions = artifacts.read_table(
+        work / FEEDBACK / "transitions.parquet", artifacts.TRANSITIONS
+    )
+    collective = artifacts.read_table(work / FEEDBACK / "collective.parquet", artifacts.COLLECTIVE)
+    train, validation, rows = (
+        offline.rows_of(transitions, split, size) for split in ("train", "validation", "test")
+    )
+    test = collective.filter(pc.equal(collective["split"], "test"))
+    histories = [history[-history_length:] for history in rows.histories]
+    scores, which = held_out.score_distinct(
+        explorer, models[ALIGNMENT], [*histories, *test["history"].to_pylist()], progress
+    )
+    own = scores[which[len(histories) :], test["next_cluster"].to_numpy()]
+    alignment, bins = offline.alignment_metrics(collective, own, size)
+
+    centroids = ClusterTable.read(work / CLUSTERS).centroids
+    board = held_out.board_with_baselines(train, validation, rows, centroids, seed)
+    held_out.add_models(
+        board,
+        explorer,
+        models,
+        rows,
+        scores[which[: len(histories)]],
+        progress,
+        novelty_histories=novelty_histories,
+        explores=NOVELTY,
+        relevance_weight=relevance_weight,
+    )
+    scaling = held_out.add_best_of_n(
+        board,
+        explorer,
+        (models[NOVELTY], models[ALIGNMENT]),
+        rows,
+        progress,
+        history_length=history_length,
+        settings=settings,
+        proposal_counts=proposal_counts,
+        seed=seed,
+    )
+    table = ExplorationTable.read(work / EXPLORATION / "exploration_table.parquet")
+    metrics = {
+        **board.metrics(),
+        **alignment,
+        **offline.exploration_metrics(table, size),
+    }
+    impressions = _logged_impressions(
+        work,
+        progress,
+        size,
+        history_length=history_length,
+        num_users=off_policy_users,
+        seed=seed,
+    )
+    if impressions is not None:
+        metrics |= held_out.off_policy_metrics(
+            explorer,
+            (models[NOVELTY], models[ALIGNMENT]),
+            impressions,
+            transitions,
+            progress,
+            relevance_weight=relevance_weight,
+            seed=seed,
+        )
+    if experiment:
+        metrics |= artifacts.read_json(work / experiments.EXPERIMENT / experiments.METRICS)
+    with artifacts.new_folder(work / EVALUATION) as folder:
+        artifacts.write_json(folder / "scaling.json", {**scaling, "k": settings.num_chosen})
+        artifacts.write_json(folder / "calibration.json", bins.tolist())
+    artifacts.write_json(work / METRICS, metrics)
+    for name in (*novelty_histories, "best_of_n", "popularity", "markov", "pair_markov", "ease"):
+        progress.say(
+            f"  {name}: recall@10 {metrics[f'{name}/recall@10']:.4f}, all seen left out "
+            f"{metrics[f'{name}/recall@10_unseen']:.4f}"
+        )
+    for name in (ALIGNMENT, "target_mean", "target_mean_shrunk"):
+        if (key := f"{name}/pairwise_accuracy") in metrics:
+            progress.say(f"  {name}: pairwise accuracy {metrics[key]:.4f}")
+
+
+def _logged_impressions(work: Path, progress: Progress, size: int, **options: Any):
+    """The held-out period's impressions; None, with a line why, where propensities are missing."""
+    from recexplore.evaluation import logged
+    from recexplore.interests.cluster_table import ClusterTable
+
+    path, interactions = work / FEEDBACK / _PERIODS, _read_log(work)[0]
+    start = 0
+    if path.exists():  # an older version's feedback lacks it
+        known = artifacts.read_json(path)
+        start = known["test"]
+    if not logged.has_propensities(interactions, start):
+        progress.say("  no off-policy values: the log has impressions without a propensity")
+        return None
+    if not path.exists():
+        progress.say("  no off-policy values: run `recexplore aggregate --overwrite` for them")
+        return None
+    return logged.read_impressions(
+        interactions,
+        ClusterTable.read(work / CLUSTERS).item_clusters,
+        size,
+        start=start,
+        look_back_days=known["look_back_days"],
+        **options,
+    )
+
+
+def _check_evaluation(settings: Any) -> None:
     if settings.num_chosen < 10:
         raise InputError(
             f"evaluate/selection.BestOfN.num_chosen is {settings.num_chosen}; recall@10 needs 10."
@@ -642,76 +761,6 @@ def evaluate(
             "grows with n, so it needs draws: bind 'independent' or 'distinct' for evaluate. The "
             "models over all clusters are evaluated anyway."
         )
-    explorer, models = load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
-    size = explorer.num_clusters
-    transitions = artifacts.read_table(
-        work / FEEDBACK / "transitions.parquet", artifacts.TRANSITIONS
-    )
-    collective = artifacts.read_table(work / FEEDBACK / "collective.parquet", artifacts.COLLECTIVE)
-    train, validation, rows = (
-        offline.rows_of(transitions, split, size) for split in ("train", "validation", "test")
-    )
-    fitted = baselines.fit_all(train, validation)
-    scores = {kind: {n: f(rows) for n, f in fitted[kind].items()} for kind in offline.SUFFIXES}
-    lists: dict[str, dict[str, Any]] = {kind: {} for kind in offline.SUFFIXES}
-    excluded = offline.exclusions(rows)
-    for name, length in novelty_histories.items():
-        with progress.bar(f"evaluate {name}") as update:
-            histories = [history[-length:] for history in rows.histories]
-            exact = explorer.log_probabilities(models[name], histories, excluded, update)
-        for place, kind in enumerate(offline.SUFFIXES):
-            scores[kind][name] = exact[:, place]
-
-    histories = [history[-history_length:] for history in rows.histories]
-    for place, kind in enumerate(offline.SUFFIXES):
-        with progress.bar("evaluate best of n") as update:
-            found = explorer.explore(
-                models[NOVELTY],
-                models[ALIGNMENT],
-                histories,
-                [np.flatnonzero(row).tolist() for row in excluded[:, place]],
-                settings,
-                seed,
-                update,
-            )
-        lists[kind]["best_of_n"] = found.clusters
-        lists[kind]["novelty_sampled"] = offline.choose(
-            found.draws.clusters, found.draws.log_probabilities, settings.num_chosen
-        )
-        if kind == "history":
-            scaling = offline.scaling(
-                found.draws.clusters,
-                found.draw_scores,
-                rows.targets,
-                tuple(n for n in proposal_counts if n <= settings.num_samples),
-                settings.num_chosen,
-            )
-    test = collective.filter(pc.equal(collective["split"], "test"))
-    asked, rows_of_asked = np.unique(test["history"].to_pylist(), axis=0, return_inverse=True)
-    with progress.bar("evaluate alignment") as update:
-        all_scores = explorer.scores(models[ALIGNMENT], asked.tolist(), update)
-    own = all_scores[rows_of_asked, test["next_cluster"].to_numpy()]
-    alignment, bins = offline.alignment_metrics(collective, own, size)
-    table = ExplorationTable.read(work / EXPLORATION / "exploration_table.parquet")
-    metrics = {
-        **offline.rank_all(scores, lists, rows),
-        **alignment,
-        **offline.exploration_metrics(table, size),
-    }
-    if experiment:
-        metrics |= artifacts.read_json(work / experiments.EXPERIMENT / experiments.METRICS)
-    with artifacts.new_folder(work / EVALUATION) as folder:
-        artifacts.write_json(folder / "scaling.json", {**scaling, "k": settings.num_chosen})
-        artifacts.write_json(folder / "calibration.json", bins.tolist())
-    artifacts.write_json(work / METRICS, metrics)
-    for name in (*novelty_histories, "best_of_n", *fitted["history"]):
-        progress.say(
-            f"  {name}: recall@10 {metrics[f'{name}/recall@10']:.4f}, all seen left out "
-            f"{metrics[f'{name}/recall@10_unseen']:.4f}"
-        )
-    for name in (ALIGNMENT, "target_mean", "target_mean_shrunk"):
-        if (key := f"{name}/pairwise_accuracy") in metrics:
-            progress.say(f"  {name}: pairwise accuracy {metrics[key]:.4f}")
 
 
 def report(

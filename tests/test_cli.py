@@ -144,9 +144,18 @@ def tiny_run(tmp_path_factory):
 def test_the_whole_job_ends_in_metrics_and_a_report(tiny_run):
     folder, _, result = tiny_run
     metrics = json.loads((folder / "W" / "metrics.json").read_text())
-    for name in ("novelty", "best_of_n", "popularity", "markov", "pair_markov", "ease"):
+    baselines = ("popularity", "markov", "pair_markov", "ease", "nearest", "random_novel")
+    ours = ("novelty", "alignment_only", "exhaustive", "best_of_1", "best_of_20", "best_of_n")
+    for name in (*baselines, *ours):
         for suffix in ("", "_unseen"):
-            assert 0 <= metrics[f"{name}/recall@10{suffix}"] <= 1
+            low, value, high = (
+                metrics[f"{name}/recall@10{suffix}{e}"] for e in ("_low", "", "_high")
+            )
+            assert 0 <= low <= value <= high <= 1
+            assert 0 <= metrics[f"{name}/serendipity@10{suffix}"] <= value
+    for name in ("random_novel", "novelty_only", "best_of_5", "exhaustive"):
+        assert metrics[f"{name}/off_policy_ess"] >= 0  # the platform logs propensities
+    assert 0 <= metrics["random_novel/off_policy_snips"] <= 1
     assert metrics["explore/valid_fraction"] == metrics["explore/novel_fraction"] == 1.0
     assert metrics["explore/distinct_clusters"] > 1
     assert {"alignment/pairwise_accuracy", "target_mean/pairwise_accuracy"} <= set(metrics)

@@ -24,6 +24,7 @@ ROOMS = {
     "serving": {"errors", "artifacts", "models", "inference"},
     "simulation": {"errors", "artifacts", "interactions"},
     "evaluation": {"errors", "artifacts", "interests", "serving", "simulation", "feedback"},
+    "held_out": {"errors", "progress", "evaluation", "explorer", "feedback", "inference"},
     "configuration": {"errors"},
     "workdir": {"errors", "artifacts", "configuration", "distributed", "progress"},
 }

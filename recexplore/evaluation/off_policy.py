@@ -58,6 +58,18 @@ class Value(NamedTuple):
     effective_sample_size: float
 
 
+class Predicted(NamedTuple):
+    """What a reward model says of each row of a log.
+
+    Attributes:
+      of_policy: mean reward of what the policy would show in the row's context.
+      of_shown: mean reward of what was shown.
+    """
+
+    of_policy: Float[np.ndarray, "R"]
+    of_shown: Float[np.ndarray, "R"]
+
+
 def importance_weights(
     log: Log, policy: Float[np.ndarray, "H M"], clip: float | None = None
 ) -> Float[np.ndarray, "R"]:
@@ -72,7 +84,7 @@ def importance_weights(
       InputError: rows' propensities don't lie in (0, 1], contexts or clusters aren't in the
         policy's matrix, or rewards aren't finite.
     """
-    _check(log, policy.shape)
+    check_log(log, policy.shape)
     if clip is not None and not clip > 0:
         raise InputError(f"clip is {clip!r}; it must be above 0, or None.")
     weights = policy[log.contexts, log.actions] / log.propensities
@@ -117,14 +129,37 @@ def estimate_value(
       InputError: see `importance_weights`.
     """
     weights = importance_weights(log, policy, clip)
-    above = [weights * log.rewards, weights * log.rewards]
-    below = [np.ones_like(weights), weights]
+    model = None
     if predicted is not None:
         direct = (policy * predicted).sum(axis=1)[log.contexts]
-        residual = log.rewards - predicted[log.contexts, log.actions]
-        above.append(direct + weights * residual)
+        model = Predicted(direct, predicted[log.contexts, log.actions])
+    return value_of_weights(weights, log.rewards, log.users, model, samples, seed)
+
+
+def value_of_weights(
+    weights: Float[np.ndarray, "R"],
+    rewards: Real[np.ndarray, "R"],
+    users: np.ndarray,
+    predicted: Predicted | None = None,
+    samples: int = 500,
+    seed: int = 0,
+) -> Value:
+    """A policy's value, given the importance weight of each row, however it came about.
+
+    Args:
+      weights: how much likelier the policy shows what was shown.
+      rewards: of what was shown.
+      users: whose row it is.
+      predicted: a reward model's opinion, for the doubly robust estimate.
+      samples: resamples of users.
+      seed: of them.
+    """
+    above = [weights * rewards, weights * rewards]
+    below = [np.ones_like(weights), weights]
+    if predicted is not None:
+        above.append(predicted.of_policy + weights * (rewards - predicted.of_shown))
         below.append(np.ones_like(weights))
-    users = np.unique(log.users, return_inverse=True)[1]
+    users = np.unique(users, return_inverse=True)[1]
     found = bootstrap_ratio(_by_user(above, users), _by_user(below, users), samples, seed)
     estimates = [Estimate(*map(float, column)) for column in zip(*found, strict=True)]
     return Value(
@@ -139,8 +174,16 @@ def _by_user(columns: list[np.ndarray], users: Int[np.ndarray, "R"]) -> Float[np
     return np.stack([np.bincount(users, column) for column in columns], axis=1)
 
 
-def _check(log: Log, shape: tuple[int, int]) -> None:
-    """Counts the rows that can't be used, and says why."""
+def check_log(log: Log, shape: tuple[int, int]) -> None:
+    """Counts the rows that can't be used, and says why.
+
+    Args:
+      log: any.
+      shape: numbers of contexts and clusters.
+
+    Raises:
+      InputError: there are such rows, or none at all.
+    """
     size = len(log.rewards)
     if not size:
         raise InputError("The log is empty: there is nothing to value a policy on.")

@@ -1,6 +1,5 @@
 """Evaluation on the held-out period of a log: every cluster ranked, nothing sampled."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,6 @@ from recexplore.evaluation import metrics
 from recexplore.evaluation.baselines import Rows, target_mean, tuned_prior
 from recexplore.serving.exploration_table import ExplorationTable
 
-KS = (5, 10, 20)
 SUFFIXES = {"history": "", "seen": "_unseen"}  # what is left out of the ranking → metric suffix
 
 
@@ -54,59 +52,10 @@ def rows_of(transitions: pa.Table, split: str, num_clusters: int) -> Rows:
     )
 
 
-def ranking_metrics(
-    name: str,
-    suffix: str,
-    ranks: Float[np.ndarray, "R"],
-    users: np.ndarray,
-    ks: tuple[int, ...] = KS,
-) -> dict[str, float]:
-    """NAME/recall@k and NAME/ndcg@k, with a 95 % interval over users at k = 10.
-
-    Args:
-      name: of the method.
-      suffix: of the metric.
-      ranks: of the targets, 0 the top.
-      users: whose rows they are.
-      ks: places counted.
-    """
-    found = {}
-    for k in ks:
-        for kind, measure in (("recall", metrics.recall), ("ndcg", metrics.ndcg)):
-            values = measure(ranks, k)
-            key = f"{name}/{kind}@{k}{suffix}"
-            found[key] = float(values.mean())
-            if k == 10:
-                found[f"{key}_low"], found[f"{key}_high"] = metrics.bootstrap_interval(
-                    values, users
-                )
-    return found
-
-
-def rank_all(
-    scores: Mapping[str, Mapping[str, Float[np.ndarray, "R M"]]],
-    lists: Mapping[str, Mapping[str, Int[np.ndarray, "R k"]]],
-    rows: Rows,
-) -> dict[str, float]:
-    """Ranking metrics of all methods, by what is left out of the ranking.
-
-    Args:
-      scores: "history" or "seen" → method → a score for every cluster.
-      lists: likewise → method → the clusters it chose, best first, -1 where fewer.
-      rows: the held-out transitions.
-    """
-    masks = {"history": rows.history_mask, "seen": rows.known_mask}
-    found = {}
-    for kind, suffix in SUFFIXES.items():
-        for name, values in scores[kind].items():
-            ranks = metrics.ranks(values, rows.targets, masks[kind])
-            found |= ranking_metrics(name, suffix, ranks, rows.users)
-        for name, values in lists[kind].items():
-            ranks = metrics.ranks_in_lists(values, rows.targets)
-            # A list of ten has no opinion on places 11 to 20; recall@20 would claim one.
-            ks = tuple(k for k in KS if k <= values.shape[1])
-            found |= ranking_metrics(name, suffix, ranks, rows.users, ks)
-    return found
+def popularity_shares(train: Rows) -> Float[np.ndarray, "M"]:
+    """Each cluster's share of the training moves, all with one move more so that none has 0."""
+    counts = np.bincount(train.targets, minlength=train.num_clusters) + 1.0
+    return counts / counts.sum()
 
 
 def alignment_metrics(

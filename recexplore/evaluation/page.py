@@ -21,6 +21,16 @@ _METHODS = {
     "pair_markov": "Markov, last two clusters",
     "ease": "EASE, all clusters seen",
 }
+_NO_MODEL = ("popularity", "markov", "pair_markov", "ease", "nearest", "random_novel")
+_POLICIES = {
+    "random_novel": "random",
+    "novelty_only": "novelty model, one draw",
+    "best_of_5": "best of 5 by alignment",
+    "best_of_20": "best of 20 by alignment",
+    "alignment_only": "alignment model, all clusters",
+    "exhaustive": "both models, all clusters",
+}
+_FEW = (1, 5, 20)  # draws, of those shown in the table; all stand in metrics.json
 _SIZES = (
     "interactions",
     "users",
@@ -65,9 +75,22 @@ def write(
         "best_of_n": "best of n by alignment",
     }
     counts = [int(n) for n in scaling["n"]]
+    fewer = {f"best_of_{n}": f"best of {n} by alignment" for n in _FEW}
+    recommenders = {
+        "random_novel": "random order",
+        "nearest": "nearest to the last two",
+        **{name: words for name, words in methods.items() if name != "best_of_n"},
+        **{name: words for name, words in fewer.items() if f"{name}/recall@10" in metrics},
+        "best_of_n": methods["best_of_n"],
+        "alignment_only": _POLICIES["alignment_only"],
+        "exhaustive": _POLICIES["exhaustive"],
+    }
     contents = Contents(
         metrics=metrics,
         methods=methods,
+        baselines=_NO_MODEL,
+        recommenders=recommenders,
+        policies=_POLICIES,
         facts=_facts(work, clusters),
         figures={
             "Best of n: what more proposals buy, on held-out histories.": figures.scaling(

@@ -46,6 +46,19 @@ pre { background: #f7fafc; padding: .9rem; font-size: .8rem; line-height: 1.45;
 """
 _COLUMNS = {"recall@10": "recall@10", "ndcg@10": "NDCG@10"}
 _KINDS = {"": "history left out", "_unseen": "all seen left out"}
+_RECOMMENDED = {  # column → heading, digits
+    "recall@10": ("recall@10", 3),
+    "serendipity@10": ("serendipity", 3),
+    "engaged_pairs@10": ("engaged pairs", 2),
+    "novelty@10": ("novelty, bits", 2),
+    "coverage@10": ("coverage", 2),
+}
+_OFF_POLICY = {
+    "off_policy_ips": ("inverse propensity", 3),
+    "off_policy_snips": ("self-normalised", 3),
+    "off_policy_dr": ("doubly robust", 3),
+    "off_policy_ess": ("effective rows", 0),
+}
 _ALIGNMENT_COLUMNS = {
     "pairwise_accuracy": "pairs in order",
     "pairwise_accuracy_same_history": "pairs in order, same history",
@@ -67,6 +80,8 @@ class Contents:
         log-probability.
       configuration: the run's bindings, as text.
       baselines: the methods among `methods` that ours should beat.
+      recommenders: methods whose recommendations are described, likewise.
+      policies: what is valued on logged propensities, likewise; shown where it was.
       claims: sentences that stand first, as HTML.
       proofs: heading → HTML of sections that come before all others.
     """
@@ -78,6 +93,8 @@ class Contents:
     explorations: Sequence[tuple[Sequence[str], Sequence[tuple[str, float, float]]]]
     configuration: str
     baselines: Sequence[str] = ("popularity", "markov", "pair_markov", "ease")
+    recommenders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    policies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     claims: Sequence[str] = ()
     proofs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -100,6 +117,8 @@ def write_report(path: Path, contents: Contents) -> None:
         _facts(contents.facts),
         "<h2>Finding the next novel cluster</h2>",
         _ranking_table(contents),
+        _recommended(contents),
+        _off_policy(contents),
         "<h2>Predicting collective feedback</h2>",
         _alignment_table(contents.metrics),
         "<h2>Figures</h2>",
@@ -205,7 +224,62 @@ def _ranking_table(contents: Contents) -> str:
     )
 
 
-def _cell(metrics: Mapping[str, float], key: str, best: float) -> str:
+def _recommended(contents: Contents) -> str:
+    columns = {f"{column}_unseen": head for column, head in _RECOMMENDED.items()}
+    table = _plain_table(contents, contents.recommenders, "method", columns)
+    if not table:
+        return ""
+    return (
+        f"<h2>What is recommended</h2>{table}<p class='soft'>The first ten of each method, all "
+        "that the user has seen left out; best of n has at most n. Serendipity: the next cluster "
+        "is among them, but among the first ten neither by popularity nor by nearness to the last "
+        "two clusters. Engaged pairs: of a user's first ten, the clusters that they moved into in "
+        "the whole period, mean over users. Novelty: mean of −log₂ of a recommended cluster's "
+        "share of the training moves. Coverage: share of all clusters recommended to anyone.</p>"
+    )
+
+
+def _off_policy(contents: Contents) -> str:
+    table = _plain_table(contents, contents.policies, "policy", _OFF_POLICY)
+    if not table:
+        return ""
+    return (
+        f"<h2>What the log says of other policies</h2>{table}<p class='soft'>Mean watch fraction "
+        "if every held-out impression had been filled by the policy: a cluster new to the user, "
+        "and any of its items. Estimated from logged propensities. Effective rows: how many "
+        "impressions of the policy's own would tell as much; where they are few, even the "
+        "intervals are too narrow.</p>"
+    )
+
+
+def _plain_table(
+    contents: Contents,
+    names: Mapping[str, str],
+    what: str,
+    columns: Mapping[str, tuple[str, int]],
+) -> str:
+    """A row for each that has any of the columns; empty if none has."""
+    rows = []
+    for method, name in names.items():
+        if any(f"{method}/{column}" in contents.metrics for column in columns):
+            cells = "".join(
+                _cell(contents.metrics, f"{method}/{column}", digits=digits)
+                for column, (_, digits) in columns.items()
+            )
+            kind = "" if method in contents.baselines else " class='ours'"
+            rows.append(f"<tr{kind}><td>{escape(name)}</td>{cells}</tr>")
+    if not rows:
+        return ""
+    heads = "".join(f"<th class='n'>{head}</th>" for head, _ in columns.values())
+    return (
+        f"<table><thead><tr><th>{what}</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        "</table>"
+    )
+
+
+def _cell(
+    metrics: Mapping[str, float], key: str, best: float | None = None, digits: int = 3
+) -> str:
     if key not in metrics:
         return "<td class='n'>–</td>"
     mark = " best" if metrics[key] == best else ""
@@ -213,9 +287,9 @@ def _cell(metrics: Mapping[str, float], key: str, best: float) -> str:
     interval = (
         ""
         if low is None or high is None
-        else f"<br><span class='interval'>{low:.3f} – {high:.3f}</span>"
+        else f"<br><span class='interval'>{low:.{digits}f} – {high:.{digits}f}</span>"
     )
-    return f"<td class='n{mark}'>{metrics[key]:.3f}{interval}</td>"
+    return f"<td class='n{mark}'>{metrics[key]:,.{digits}f}{interval}</td>"
 
 
 def _alignment_table(metrics: Mapping[str, float]) -> str:

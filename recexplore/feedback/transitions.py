@@ -5,7 +5,7 @@ novel events with the clusters their user knew at the time, one row a cluster.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import ibis
@@ -265,6 +265,60 @@ def histories_in_log(
     return counted.select(
         history=ibis.array([counted[name] for name in places]), count=counted["count"]
     )
+
+
+def impressions(
+    interactions: ir.Table,
+    item_clusters: ir.Table,
+    *,
+    start: int,
+    users: Sequence[str],
+    history_length: int,
+    look_back_days: int | float | None = None,
+) -> ir.Table:
+    """What some users were shown from a time on, and where they stood just before.
+
+    Args:
+      interactions: INTERACTIONS.
+      item_clusters: ITEM_CLUSTERS.
+      start: seconds since 1970.
+      users: whose impressions.
+      history_length: K.
+      look_back_days: as in `novel_transitions`.
+
+    Returns:
+      A row for each impression of a user who has a history of K clusters: user_id, timestamp,
+      item_id, cluster_id (null if the item has none), watch_fraction, propensity, and `history` and
+      `seen` as in TRANSITIONS. What has the same timestamp is not known to each other.
+
+    Raises:
+      InputError: `look_back_days` as in `novel_transitions`.
+    """
+    look_back = _seconds(look_back_days)
+    own = interactions.semi_join(ibis.memtable({"user_id": list(users)}), "user_id")
+    shown = own.filter(own.timestamp >= start)
+    key = ["user_id", "timestamp"]
+    points = shown.select(*key).distinct()
+    moves = _moves(own, item_clusters)
+    latest = _known_before(points, _known(moves.filter(~moves.skipped)), look_back)
+    recency = ibis.window(group_by=key, order_by=[ibis.desc("since"), ibis.desc("known_cluster")])
+    latest = latest.mutate(place=ibis.row_number().over(recency))
+    latest = latest.filter(latest.place < history_length)
+    histories = latest.group_by(key).aggregate(
+        history=latest.known_cluster.collect(order_by=latest.place.desc())
+    )
+    histories = histories.filter(histories.history.length() == history_length)
+    met = _known_before(points, _known(moves), look_back)
+    seen = met.group_by(key).aggregate(seen=met.known_cluster.collect(order_by=met.known_cluster))
+    rows = shown.join(histories, key).join(seen, key).left_join(item_clusters, "item_id")
+    columns = ("item_id", "cluster_id", "watch_fraction", "propensity", "history", "seen")
+    return rows.select(*key, *columns)
+
+
+def items_shown_before(interactions: ir.Table, item_clusters: ir.Table, time: int) -> ir.Table:
+    """ITEM_CLUSTERS of the items that anyone was shown before a time, in seconds since 1970."""
+    earlier = interactions.filter(interactions.timestamp < time)
+    return item_clusters.semi_join(earlier, "item_id")
 
 
 def busiest(

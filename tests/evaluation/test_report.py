@@ -59,3 +59,29 @@ def test_every_figure_is_svg():
         ),
     ]
     assert all(svg.startswith("<svg") and svg.rstrip().endswith("</svg>") for svg in made)
+
+
+def test_recommendations_and_values_are_shown_where_they_are_known(tmp_path):
+    write_report(tmp_path / "plain.html", contents())
+    plain = (tmp_path / "plain.html").read_text()
+    assert "What is recommended" not in plain and "other policies" not in plain
+    known = {
+        "best_of_5/serendipity@10_unseen": 0.1234,
+        "best_of_5/serendipity@10_unseen_low": 0.1111,
+        "best_of_5/serendipity@10_unseen_high": 0.1357,
+        "best_of_5/novelty@10_unseen": 6.789,
+        "random_novel/off_policy_snips": 0.2345,
+        "random_novel/off_policy_ess": 1234.4,
+    }
+    write_report(
+        tmp_path / "r.html",
+        contents(
+            metrics=known,
+            recommenders={"best_of_5": "best of <5>", "absent": "nobody"},
+            policies={"random_novel": "random"},
+        ),
+    )
+    page = (tmp_path / "r.html").read_text()
+    row = page[page.index("best of &lt;5&gt;") :]
+    assert "0.123<br><span class='interval'>0.111 – 0.136</span>" in row and ">6.79<" in row
+    assert ">0.234<" in page and ">1,234<" in page and "nobody" not in page

@@ -124,6 +124,65 @@ def test_histories_are_where_users_stood_after_an_engaged_event(look_back, event
     assert found == expected
 
 
+@pytest.mark.parametrize("look_back", [None, 3])
+@settings(max_examples=40, deadline=None)
+@given(events=EVENTS, length=st.integers(1, 3), users=st.sampled_from(["a", "ab"]))
+@example(events=TWO_ITEMS_AT_ONCE, length=1, users="a")
+def test_impressions_stand_beside_what_their_user_knew(look_back, events, length, users):
+    interactions, clusters = as_tables(events)
+    clusters = clusters.filter(clusters.cluster_id != 3)
+    table = transitions.impressions(
+        interactions,
+        clusters,
+        start=5 * DAY,
+        users=list(users),
+        history_length=length,
+        look_back_days=look_back,
+    )
+    expected = []
+    for user, day, item, _ in events:
+        past = [
+            (when, i // 2, skipped)
+            for u, when, i, skipped in events
+            if u == user
+            and when < day
+            and i != 6
+            and (look_back is None or when >= day - look_back)
+        ]
+        last = {c: max(w for w, x, s in past if x == c and not s) for _, c, s in past if not s}
+        history = [c for _, c in sorted((when, c) for c, when in last.items())][-length:]
+        if user in users and day >= 5 and len(history) == length:
+            expected.append(
+                {
+                    "user_id": user,
+                    "timestamp": day * DAY,
+                    "item_id": f"v{item}",
+                    "cluster_id": None if item == 6 else item // 2,
+                    "watch_fraction": item / 8,
+                    "propensity": PROPENSITY[item],
+                    "history": history,
+                    "seen": sorted({c for _, c, _ in past}),
+                }
+            )
+    key = ("user_id", "timestamp", "item_id")
+    found = table.to_pyarrow().select(list(expected[0]) if expected else key).to_pylist()
+    assert sorted(found, key=lambda row: [row[name] for name in key]) == sorted(
+        expected, key=lambda row: [row[name] for name in key]
+    )
+
+
+def test_items_shown_before_a_time_have_been_shown_to_anyone():
+    events = [("a", 1, 0, True), ("b", 2, 1, False), ("a", 3, 2, False), ("a", 1, 6, False)]
+    interactions, clusters = as_tables(events)
+    table = transitions.items_shown_before(interactions, clusters, 3 * DAY).order_by("item_id")
+    rows = table.to_pyarrow().to_pylist()
+    assert rows == [
+        {"item_id": "v0", "cluster_id": 0},
+        {"item_id": "v1", "cluster_id": 0},
+        {"item_id": "v6", "cluster_id": 3},
+    ]
+
+
 def test_the_table_fits_its_schema(tmp_path):
     events = [("a", day, day % 7, False) for day in range(7)]
     table = transitions.novel_transitions(*as_tables(events), SPLITS, max_history=3).to_pyarrow()
