@@ -85,8 +85,7 @@ def _tell(error: BaseException) -> int | None:
         return _fail("Interrupted. Run the same command again to go on.", status=130)
     if not isinstance(error, OSError):
         return None
-    if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
         return _EXIT_NOT_READ
     if error.errno in _DISK_FULL or "No space left on device" in str(error):
         place = f" while writing {error.filename}" if error.filename else ""
@@ -97,6 +96,17 @@ def _tell(error: BaseException) -> int | None:
     if isinstance(error, PermissionError):
         return _fail(f"No permission for {error.filename}: {error.strerror}.")
     return None
+
+
+def _nobody_reads() -> bool:
+    """Whether it is our output that broke: whoever read it has seen enough."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -389,7 +389,7 @@ def _opinions(
     train, validation = (
         offline.rows_of(transitions, split, size) for split in ("train", "validation")
     )
-    fitted = baselines.fit_counts(train, validation)
+    fitted = baselines.fit_counts(train, validation, pairs=history_length > 1)
     asked = _rows_of_histories(histories, size)
     markov = table(fitted["markov"](asked))
     popularity = fitted["popularity"](asked)[0]

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from recexplore.evaluation import logged, offline
+from recexplore.evaluation.arms import model_policies
 from recexplore.evaluation.baselines import Baseline, Rows, fit_all, nearest, target_mean
 from recexplore.evaluation.offline import SUFFIXES
 from recexplore.evaluation.scoreboard import Scoreboard
@@ -17,6 +18,7 @@ from recexplore.inference.launch import Model
 from recexplore.progress import Progress
 
 _RANDOM_ORDER = 7  # what chance is for
+_VALUED_COUNTS = (5, 20)  # n of best of n that are valued on logged propensities
 
 
 def score_distinct(
@@ -155,9 +157,8 @@ def add_best_of_n(
         likeliest = offline.choose(draws, found.draws.log_probabilities, settings.num_chosen)
         board.add_lists(kind, "novelty_sampled", likeliest)
         for n in counts:
-            if n < settings.num_samples:  # at the n of `settings` it is best_of_n
-                chosen = offline.choose(draws[:, :n], found.draw_scores[:, :n], settings.num_chosen)
-                board.add_lists(kind, f"best_of_{n}", chosen)
+            chosen = offline.choose(draws[:, :n], found.draw_scores[:, :n], settings.num_chosen)
+            board.add_lists(kind, f"best_of_{n}", chosen)
         if kind == "history":
             scaling = offline.scaling(
                 draws, found.draw_scores, rows.targets, counts, settings.num_chosen
@@ -206,7 +207,9 @@ def off_policy_metrics(
         explorer.num_clusters,
     )
     metrics: dict[str, float] = {}
-    policies = logged.make_policies(log_p, scores, relevance_weight=relevance_weight)
+    policies = model_policies(
+        log_p, scores, sample_counts=_VALUED_COUNTS, relevance_weight=relevance_weight
+    )
     for name, policy in policies.items():
         metrics |= logged.value_metrics(
             name, logged.value(impressions, policy, feedback, seed=seed)

@@ -642,7 +642,7 @@ def evaluate(
     from recexplore.interests.cluster_table import ClusterTable
     from recexplore.serving.exploration_table import ExplorationTable
 
-    _check_evaluation(settings)
+    _check_evaluation(settings, off_policy_users)
     explorer, models = load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
     size = explorer.num_clusters
     transitions = artifacts.read_table(
@@ -725,7 +725,7 @@ def evaluate(
 
 
 def _logged_impressions(work: Path, progress: Progress, size: int, **options: Any):
-    """The held-out period's impressions; None, with a line why, where propensities are missing."""
+    """The held-out period's impressions; None, with a line why, where they can't be used."""
     from recexplore.evaluation import logged
     from recexplore.interests.cluster_table import ClusterTable
 
@@ -735,22 +735,31 @@ def _logged_impressions(work: Path, progress: Progress, size: int, **options: An
         known = artifacts.read_json(path)
         start = known["test"]
     if not logged.has_propensities(interactions, start):
-        progress.say("  no off-policy values: the log has impressions without a propensity")
+        progress.say("  no off-policy values: the log has impressions without a propensity above 0")
         return None
     if not path.exists():
         progress.say("  no off-policy values: run `recexplore aggregate --overwrite` for them")
         return None
-    return logged.read_impressions(
-        interactions,
-        ClusterTable.read(work / CLUSTERS).item_clusters,
-        size,
-        start=start,
-        look_back_days=known["look_back_days"],
-        **options,
-    )
+    try:
+        return logged.read_impressions(
+            interactions,
+            ClusterTable.read(work / CLUSTERS).item_clusters,
+            size,
+            start=start,
+            look_back_days=known["look_back_days"],
+            **options,
+        )
+    except InputError as error:  # all else can be evaluated
+        progress.say(f"  no off-policy values: {error}")
+        return None
 
 
-def _check_evaluation(settings: Any) -> None:
+def _check_evaluation(settings: Any, off_policy_users: int | None) -> None:
+    if off_policy_users is not None and off_policy_users < 1:
+        raise InputError(
+            f"pipeline.evaluate.off_policy_users is {off_policy_users}; it must be at least 1, or "
+            "None for all."
+        )
     if settings.num_chosen < 10:
         raise InputError(
             f"evaluate/selection.BestOfN.num_chosen is {settings.num_chosen}; recall@10 needs 10."

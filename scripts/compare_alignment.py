@@ -2,12 +2,13 @@
 
 python scripts/compare_alignment.py --workdir W --out V
 python scripts/compare_alignment.py --workdir W --out V --only "as it is" --only pairs
-python scripts/compare_alignment.py --workdir W --out V --gin.SEED=1  # gin lines go to all of them
+python scripts/compare_alignment.py --workdir W --out V --gin.NAME=VALUE  # for all variants
 
-W holds a finished `recexplore run --gin_file runs/experiment.gin` (with the same --gin_file and
---quick, if any). Each variant is learnt in a folder of its own in V, from W's log and clusters, and
-judged at the experiment's visits: best of 20 draws of W's novelty model, chosen by the variant's
-scores, against the truth. Variants that are there already are not made again.
+W holds a finished `recexplore run --gin_file runs/experiment.gin` with the same --gin_file,
+--quick and gin lines, but for those on feedback, examples and the alignment model. Each variant is
+learnt in a folder of its own in V from W's log and clusters and judged at the experiment's visits:
+best of 20 draws of W's novelty model, chosen by the variant's scores, against the truth. Variants
+that are there already are not made again.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from recexplore import artifacts, cli, experiments
+from recexplore.errors import InputError
 from recexplore.evaluation import policies, study
 from recexplore.explorer import load_explorer
 
@@ -44,8 +46,8 @@ VARIANTS: dict[str, Sequence[str]] = {
     ),
     "history of one": ("HISTORY_LENGTH=1",),
     "history of three": ("HISTORY_LENGTH=3",),
-    SEEDS[0]: (f"{_SEED}=1",),
-    SEEDS[1]: (f"{_SEED}=2",),
+    SEEDS[0]: (f"{_SEED}=101",),
+    SEEDS[1]: (f"{_SEED}=102",),
 }
 _TAKEN = ("interactions", "clusters", "feedback", "vocabulary", "examples")
 _STAGES = ("ingest", "cluster", "aggregate", "tokenize")
@@ -73,7 +75,10 @@ def main() -> None:
         parser.error(f"unknown: {' '.join(unknown)}")
     settings = [f"--gin_file={file}" for file in flags.gin_file or ["runs/experiment.gin"]]
     settings += ["--quick"] * flags.quick + shared
-    visits = study.Visits.read(flags.workdir / experiments.EXPERIMENT / experiments.VISITS)
+    try:
+        visits = study.Visits.read(flags.workdir / experiments.EXPERIMENT / experiments.VISITS)
+    except InputError as error:
+        sys.exit(f"compare_alignment: {error}")
     rows, scores = {}, {}
     print(f"| variant | {' | '.join(_COLUMNS.values())} |\n|{' --- |' * (len(_COLUMNS) + 1)}")
     for name in flags.only or VARIANTS:

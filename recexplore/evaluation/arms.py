@@ -25,7 +25,7 @@ class Opinions(NamedTuple):
       tuned_log_p: of the novelty model tuned on the alignment model's reward; None: there is none.
       markov: estimated probability of each next cluster.
       truth: expected satisfaction, averaged over users who have the history.
-      popularity: how many novel moves led into each cluster.
+      popularity: how many novel moves led into each cluster, the past fading if that helps.
       feedback: mean watch fraction of those.
     """
 
@@ -55,6 +55,9 @@ class Asked(NamedTuple):
         return scipy.special.log_softmax(logits.astype(np.float64), axis=1)
 
 
+Policy = Callable[[Asked], Float[np.ndarray, "A M"]]
+
+
 @runtime_checkable
 class Arm(Protocol):
     """One policy of the experiment."""
@@ -71,7 +74,7 @@ class Arm(Protocol):
 class Fixed:
     """An arm that doesn't learn: a function from who is asked to a distribution over clusters."""
 
-    def __init__(self, distribution: Callable[[Asked], Float[np.ndarray, "A M"]]):
+    def __init__(self, distribution: Policy):
         self.distribution = distribution
 
     def choose(self, asked: Asked, random: np.random.Generator) -> Int[np.ndarray, "A"]:
@@ -230,6 +233,44 @@ def standardised(values: np.ndarray) -> np.ndarray:
     return (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-9)
 
 
+def random_novel(asked: Asked) -> Float[np.ndarray, "A M"]:
+    """Every allowed cluster alike."""
+    return policies.uniform(asked.allowed)
+
+
+def model_policies(
+    log_p: Float[np.ndarray, "H M"],
+    scores: Float[np.ndarray, "H M"],
+    *,
+    sample_counts: Sequence[int],
+    relevance_weight: float,
+) -> dict[str, Policy]:
+    """What the two models may choose together or alone, and chance, by name.
+
+    Args:
+      log_p: log-probabilities of the novelty model after each history.
+      scores: of the alignment model, logits.
+      sample_counts: n of best of n.
+      relevance_weight: β of the policy that scores every cluster by log p + β s.
+    """
+
+    def score(asked: Asked) -> np.ndarray:
+        return scores[asked.histories]
+
+    def best_of(n: int) -> Policy:
+        return lambda asked: policies.best_of_n(asked.among_allowed(log_p), score(asked), n)
+
+    return {
+        "random_novel": random_novel,
+        "novelty_only": lambda asked: np.exp(asked.among_allowed(log_p)),
+        **{f"best_of_{n}": best_of(n) for n in sample_counts},
+        "alignment_only": lambda asked: policies.greedy(score(asked), asked.allowed),
+        "exhaustive": lambda asked: policies.mixed(
+            asked.among_allowed(log_p), score(asked), relevance_weight
+        ),
+    }
+
+
 def make_arms(
     opinions: Opinions,
     bandit: ThompsonBandit,
@@ -246,27 +287,19 @@ def make_arms(
       relevance_weight: β of the arm that scores every cluster by log p + β s.
     """
 
-    def score(asked):
-        return opinions.scores[asked.histories]
-
-    def novelty(asked):
-        return asked.among_allowed(opinions.log_p)
-
-    def best_of(n):
-        return lambda asked: policies.best_of_n(novelty(asked), score(asked), n)
-
-    fixed: dict[str, Callable[[Asked], np.ndarray]] = {
-        "random_novel": lambda asked: policies.uniform(asked.allowed),
+    fixed: dict[str, Policy] = {
         "popular_novel": lambda asked: policies.greedy(
             np.tile(opinions.popularity, (len(asked.histories), 1)), asked.allowed
         ),
         "markov": lambda asked: policies.greedy(opinions.markov[asked.histories], asked.allowed),
-        "novelty_only": lambda asked: np.exp(novelty(asked)),
-        **{f"best_of_{n}": best_of(n) for n in sample_counts},
-        "alignment_only": lambda asked: policies.greedy(score(asked), asked.allowed),
-        "exhaustive": lambda asked: policies.mixed(novelty(asked), score(asked), relevance_weight),
+        **model_policies(
+            opinions.log_p,
+            opinions.scores,
+            sample_counts=sample_counts,
+            relevance_weight=relevance_weight,
+        ),
         "oracle": lambda asked: policies.best_of_n(
-            novelty(asked), opinions.truth[asked.histories], ORACLE_SAMPLES
+            asked.among_allowed(opinions.log_p), opinions.truth[asked.histories], ORACLE_SAMPLES
         ),
     }
     if opinions.tuned_log_p is not None:

@@ -146,21 +146,21 @@ def ease(train: Rows, ridge: float, half_life: float | None = None) -> Baseline:
     )
 
 
-def fit_counts(train: Rows, validation: Rows) -> dict[str, Baseline]:
-    """Popularity, and Markov by the last one or two clusters, whichever suits the validation period
-    better: "popularity" and "markov", tuned by recall@10 with all seen left out."""
-    mask = validation.known_mask
+def fit_counts(train: Rows, validation: Rows, *, pairs: bool = True) -> dict[str, Baseline]:
+    """Popularity and Markov, tuned on validation by recall@10 with all seen left out.
 
-    def recall(member: Baseline) -> float:
-        rank = metrics.ranks(member(validation), validation.targets, mask)
-        return float(metrics.recall(rank, 10).mean())
+    Args:
+      train: to fit on.
+      validation: to choose constants on.
+      pairs: Markov may go by the last two clusters, if that suits better than the last one.
 
-    single = max((markov(train, s, h) for s in _SMOOTHINGS for h in _HALF_LIVES), key=recall)
-    half_life = single.constants["half_life"]
-    grid = ((s, p) for s in _SMOOTHINGS for p in _SMOOTHINGS)
-    pairs = max((pair_markov(train, *c, half_life) for c in grid), key=recall)
-    popular = max((popularity(train, h) for h in _HALF_LIVES), key=recall)
-    return {"popularity": popular, "markov": max((single, pairs), key=recall)}
+    Returns:
+      "popularity" and "markov".
+    """
+    best = _fit_under(train, validation, validation.known_mask)
+    names = ("markov", "pair_markov") if pairs else ("markov",)
+    markov = max((best[name] for name in names), key=lambda found: found.recall)
+    return {"popularity": best["popularity"].baseline, "markov": markov.baseline}
 
 
 def fit_all(train: Rows, validation: Rows) -> dict[str, dict[str, Baseline]]:
@@ -173,27 +173,41 @@ def fit_all(train: Rows, validation: Rows) -> dict[str, dict[str, Baseline]]:
     Returns:
       "history" and "seen" (which clusters are left out of the ranking) → name → baseline.
     """
-    best: dict[str, dict[str, Baseline]] = {"history": {}, "seen": {}}
     masks = {"history": validation.history_mask, "seen": validation.known_mask}
+    eases = [ease(train, r, h) for r in _RIDGES for h in _HALF_LIVES]
+    found = {}
+    for kind, mask in masks.items():
+        best = _fit_under(train, validation, mask)
+        best["ease"] = _best(eases, validation, mask)
+        found[kind] = {name: fitted.baseline for name, fitted in best.items()}
+    return found
 
-    def choose(name: str, members: Iterable[Baseline], kinds: Iterable[str] = tuple(masks)):
-        top = dict.fromkeys(kinds, -1.0)
-        for member in members:
-            scores = member(validation)
-            for kind in top:
-                rank = metrics.ranks(scores, validation.targets, masks[kind])
-                value = float(metrics.recall(rank, 10).mean())
-                if value > top[kind]:
-                    top[kind], best[kind][name] = value, member
 
-    choose("popularity", (popularity(train, h) for h in _HALF_LIVES))
-    choose("markov", (markov(train, s, h) for s in _SMOOTHINGS for h in _HALF_LIVES))
-    for kind in masks:
-        half_life = best[kind]["markov"].constants["half_life"]
-        grid = ((s, p) for s in _SMOOTHINGS for p in _SMOOTHINGS)
-        choose("pair_markov", (pair_markov(train, *c, half_life) for c in grid), (kind,))
-    choose("ease", (ease(train, r, h) for r in _RIDGES for h in _HALF_LIVES))
-    return best
+class _Fitted(NamedTuple):
+    baseline: Baseline
+    recall: float  # on validation
+
+
+def _fit_under(train: Rows, validation: Rows, mask: Bool[np.ndarray, "R M"]) -> dict[str, _Fitted]:
+    """Popularity and both Markov models, with the constants that validate best under a mask."""
+    popular = (popularity(train, h) for h in _HALF_LIVES)
+    singles = (markov(train, s, h) for s in _SMOOTHINGS for h in _HALF_LIVES)
+    single = _best(singles, validation, mask)
+    half_life = single.baseline.constants["half_life"]
+    pairs = (pair_markov(train, s, p, half_life) for s in _SMOOTHINGS for p in _SMOOTHINGS)
+    return {
+        "popularity": _best(popular, validation, mask),
+        "markov": single,
+        "pair_markov": _best(pairs, validation, mask),
+    }
+
+
+def _best(members: Iterable[Baseline], validation: Rows, mask: Bool[np.ndarray, "R M"]) -> _Fitted:
+    def judge(member: Baseline) -> _Fitted:
+        rank = metrics.ranks(member(validation), validation.targets, mask)
+        return _Fitted(member, float(metrics.recall(rank, 10).mean()))
+
+    return max(map(judge, members), key=lambda fitted: fitted.recall)
 
 
 def target_mean(

@@ -80,7 +80,7 @@ class Experiment:
             check_field(self, bool(ok), field, rule)
 
 
-class Visits(NamedTuple):
+class EndOfDay(NamedTuple):
     """Users at the end of a day.
 
     Attributes:
@@ -133,7 +133,7 @@ class Scene:
         self._slot = settings.exploration_slot
         self.before: Tallies | None = None
         self.impressions = 0
-        self.visits: list[Visits] = []
+        self.visits: list[EndOfDay] = []
         for day in range(log_days):
             if day == max(log_days - pre_period, 0):
                 self.before = self.tallies()
@@ -142,7 +142,7 @@ class Scene:
             if 2 * day >= log_days - 1:
                 codes = self.standing.histories(users)
                 users, codes = users[codes >= 0], codes[codes >= 0]
-                self.visits.append(Visits(users, codes, self.standing.engaged[users] == 0))
+                self.visits.append(EndOfDay(users, codes, self.standing.engaged[users] == 0))
             if progress:
                 progress(day + 1, log_days)
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from recexplore.evaluation import figures
+from recexplore.evaluation.experiment import RIVALS
 from recexplore.evaluation.report import figure
 
 ARMS = {
@@ -21,17 +22,8 @@ ARMS = {
     "policy_gradient": "novelty model tuned on reward",
     "oracle": "best of 20 by the truth",
 }
-_RIVALS = (
-    "control",
-    "random_novel",
-    "popular_novel",
-    "markov",
-    "bandit",
-    "alignment_only",
-    "exhaustive",
-    "policy_gradient",
-)
 _OURS, _SINGLE = "best_of_20", "novelty_only"
+_RIVALS = tuple(name for name in RIVALS if name != _SINGLE)
 _COLUMNS = (  # metric, is a change, heading
     ("slot_positive_playback_rate", False, "slot played"),
     ("positive_playback_rate", True, "positive<br>playback"),

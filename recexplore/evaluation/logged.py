@@ -12,7 +12,7 @@ What items there are is settled before the period: counted in the period itself,
 that chance showed there, and the weights too great.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import ibis
@@ -21,11 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float
 
-from recexplore.evaluation import off_policy, policies
-from recexplore.evaluation.arms import Asked
+from recexplore.evaluation import off_policy
+from recexplore.evaluation.arms import Asked, Policy
 from recexplore.feedback import transitions
 
-Policy = Callable[[Asked], Float[np.ndarray, "A M"]]
 _ENTRIES = 1 << 22  # of a policy's matrix at a time
 
 
@@ -46,14 +45,15 @@ class Impressions(NamedTuple):
 
 
 def has_propensities(interactions: pa.Table, start: int) -> bool:
-    """Whether every impression from `start` on was logged with one.
+    """Whether every impression from `start` on was logged with one above 0.
 
     Args:
       interactions: INTERACTIONS.
       start: seconds since 1970.
     """
     late = interactions.filter(pc.greater_equal(interactions["timestamp"], start))
-    return late.num_rows > 0 and not late["propensity"].null_count
+    known = pc.greater(late["propensity"], 0)  # what could not be shown was not: 0 is no propensity
+    return late.num_rows > 0 and bool(pc.all(pc.fill_null(known, False)).as_py())
 
 
 def read_impressions(
@@ -124,44 +124,6 @@ def _as_arrays(rows: pa.Table, choice: pa.Table, num_clusters: int) -> Impressio
         log=log,
         shares=np.where(offered, 1 / np.maximum(sizes[clusters], 1), 0.0)[kept],
     )
-
-
-def make_policies(
-    log_p: Float[np.ndarray, "H M"],
-    scores: Float[np.ndarray, "H M"],
-    *,
-    sample_counts: tuple[int, ...] = (5, 20),
-    relevance_weight: float = 1.0,
-) -> dict[str, Policy]:
-    """The experiment's arms that can be valued on a log, by name.
-
-    Args:
-      log_p: log-probabilities of the novelty model after each history.
-      scores: of the alignment model, logits.
-      sample_counts: n of best of n.
-      relevance_weight: β of the arm that scores every cluster by log p + β s.
-    """
-
-    def score(asked: Asked) -> np.ndarray:
-        return scores[asked.histories]
-
-    def best_of(n: int) -> Policy:
-        return lambda asked: policies.best_of_n(asked.among_allowed(log_p), score(asked), n)
-
-    return {
-        "random_novel": random_novel,
-        "novelty_only": lambda asked: np.exp(asked.among_allowed(log_p)),
-        **{f"best_of_{n}": best_of(n) for n in sample_counts},
-        "alignment_only": lambda asked: policies.greedy(score(asked), asked.allowed),
-        "exhaustive": lambda asked: policies.mixed(
-            asked.among_allowed(log_p), score(asked), relevance_weight
-        ),
-    }
-
-
-def random_novel(asked: Asked) -> Float[np.ndarray, "A M"]:
-    """Every cluster that is new to the user alike."""
-    return policies.uniform(asked.allowed)
 
 
 def value(

@@ -4,8 +4,6 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Bool, Float, Int
 
-from recexplore.evaluation import statistics
-
 
 def ranks(
     scores: Float[np.ndarray, "R M"],
@@ -225,20 +223,3 @@ def calibration_error(bins: Float[np.ndarray, "3 bins"]) -> float:
     """Expected calibration error: the weighted mean distance of prediction and truth by bin."""
     predicted, truth, weight = bins
     return float(np.average(np.abs(predicted - truth), weights=weight))
-
-
-def bootstrap_interval(
-    values: Float[np.ndarray, "R"], users: np.ndarray, *, samples: int = 500, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of the mean of `values`, resampling users with all their rows.
-
-    Args:
-      values: one for each row.
-      users: whose row it is.
-      samples: of the bootstrap.
-      seed: of it.
-    """
-    _, place = np.unique(users, return_inverse=True)
-    sums, counts = np.bincount(place, values), np.bincount(place).astype(np.float64)
-    found = statistics.bootstrap_ratio(sums, counts, samples, seed)
-    return float(found.low), float(found.high)

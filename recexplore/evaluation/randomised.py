@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from recexplore.evaluation import off_policy
-from recexplore.evaluation.arms import Asked, draw
+from recexplore.evaluation.arms import Asked, Policy, draw
 from recexplore.evaluation.experiment import Experiment, Scene, pick_items
 from recexplore.simulation.platform import EXPLORATION, RANDOM, Day
-
-Policy = Callable[[Asked], Float[np.ndarray, "A M"]]
 
 
 class Randomised(NamedTuple):

@@ -183,7 +183,7 @@ def false_positive_rate(
     for turn, salt in enumerate(salts):
         half = assign(user_ids, 2, salt) == 0
         found = compare(sums.of(half), sums.of(~half), samples, seed + turn)
-        wrong += bool(found.low > 0.0 or found.high < 0.0)
+        wrong += not found.low <= 0.0 <= found.high  # nan holds nothing
     test = scipy.stats.binomtest(wrong, len(salts))
     return Estimate(wrong / len(salts), *map(float, test.proportion_ci()))
 

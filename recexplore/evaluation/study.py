@@ -65,7 +65,7 @@ class Visits(NamedTuple):
         try:
             with file.open("rb") as stream, np.load(stream) as columns:
                 found = {name: columns[name] for name in cls._fields}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{file} holds no visits of an experiment ({error}). Run `recexplore experiment`."
             ) from error

@@ -24,7 +24,7 @@ SIGNAL_WEIGHTS: Mapping[str, float] = {
 }
 _ALL_SHRUNK = 1e6  # shrinkage when moves into a cluster don't differ beyond noise
 _GRAIN = 1e4  # rewards are counted in ten-thousandths: sums of whole numbers have no order
-_WEIGHT_GRAIN = 1e3  # likewise weights, in thousandths
+_WEIGHT_GRAIN = 1e4  # likewise weights other than 1
 
 
 class Collective(NamedTuple):
@@ -98,8 +98,10 @@ def collective_feedback(
     are counted in ten-thousandths, so that sums are exact and the same in whatever order.
 
     A recommender shows what it believes in, so that what it showed flatters. With `min_propensity`
-    ε, a reaction to an item shown with probability p counts as ε / max(p, ε) users: as inverse
-    propensities do, up to a factor, and never more than one. n and all means are then weighted.
+    ε, a reaction to an item shown with probability p has the weight w = ε / max(p, ε), a
+    ten-thousandth at least: inverse propensities, up to a factor and never above 1. All means are
+    weighted then; a move weighs Σw in t and in training, and n is (Σw)² / Σw², the number of equal
+    weights whose mean is as certain.
 
     Args:
       transitions: TRANSITIONS; rows with shorter histories are left out.
@@ -128,13 +130,10 @@ def collective_feedback(
                 for name in ("next_cluster", "weight", "weight_squares", "reward", "squares")
             )
         )
-    targets, places = np.unique(cells["next_cluster"], return_inverse=True)
-    count, mean = cells["weight"], cells["reward"]
-    sums = np.bincount(places[train], (count * mean)[train], minlength=len(targets))
-    users = np.bincount(places[train], count[train], minlength=len(targets))
-    overall = sums.sum() / max(users.sum(), 1)
-    target_mean = np.where(users > 0, sums / np.maximum(users, 1), overall)[places]
-    shrunk = (count * mean + shrinkage * target_mean) / (count + shrinkage)
+    mean, weight = cells["reward"], cells["weight"]
+    target_mean = _target_mean(cells["next_cluster"], mean, np.where(train, weight, 0.0))
+    users = weight**2 / cells["weight_squares"]
+    shrunk = (users * mean + shrinkage * target_mean) / (users + shrinkage)
     low, high = np.quantile(shrunk[train & kept], [outliers, 1 - outliers])
     if not high - low > 1 / _GRAIN:
         raise InputError(
@@ -239,22 +238,31 @@ def _cells(
         .to_pyarrow()
     )
     columns = {n: cells[n].to_numpy() for n in cells.column_names if n not in places}
+    unit = 1.0 if min_propensity is None else _WEIGHT_GRAIN
     for name, grain in (
         ("watch_fraction", _GRAIN),
         ("reward", _GRAIN),
         ("squares", _GRAIN**2),
-        ("weight", _WEIGHT_GRAIN),
-        ("weight_squares", _WEIGHT_GRAIN**2),
+        ("weight", unit),
+        ("weight_squares", unit**2),
     ):
         columns[name] = columns[name] / grain
     histories = np.stack([cells[name].to_numpy() for name in places], axis=1)
     return {**columns, "history": list(histories)}, too_short.to_pyarrow().as_py()
 
 
+def _target_mean(targets: np.ndarray, means: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Each row's mean over all rows of its target; the overall mean where these weigh nothing."""
+    _, places = np.unique(targets, return_inverse=True)
+    total, moves = np.bincount(places, weights * means), np.bincount(places, weights)
+    overall = np.full(len(moves), total.sum() / moves.sum())
+    return np.divide(total, moves, out=overall, where=moves > 0)[places]
+
+
 def _weight(rows: ir.Table, min_propensity: float | None) -> ir.Value:
-    """How much each reaction counts, in thousandths of a user; one of them at least."""
+    """How much each reaction counts: 1, or in ten-thousandths, one of them at least."""
     if min_propensity is None:
-        return ibis.literal(_WEIGHT_GRAIN)
+        return ibis.literal(1.0)
     unknown = rows.filter(rows.propensity.isnull()).count().to_pyarrow().as_py()
     if unknown:
         raise InputError(

@@ -183,9 +183,9 @@ def pairwise_examples(
 ) -> list[Example]:
     """Pairs of next clusters after one history, of which one was liked better (Bradley–Terry).
 
-    For clusters a and b that n_a and n_b users moved to, a pair weighs as the harmonic mean
-    2 n_a n_b / (n_a + n_b): the variance of the difference of two means is in proportion to
-    1 / n_a + 1 / n_b. With 1 and 99 users that is 1.98, not 50.
+    For moves into clusters a and b of weight n_a and n_b, numbers of users where all count alike, a
+    pair weighs as the harmonic mean 2 n_a n_b / (n_a + n_b): the variance of the difference of two
+    means is in proportion to 1 / n_a + 1 / n_b. With 1 and 99 users that is 1.98, not 50.
 
     Args:
       collective: COLLECTIVE.

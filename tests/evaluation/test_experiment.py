@@ -311,6 +311,7 @@ def test_intervals_of_a_split_for_nothing_hold_what_they_promise(scene):
     for metric in ("positive_playback_rate", "ueuc", "daily_active_users"):
         for name in (metric, f"{metric}_adjusted"):
             assert found[f"{name}_low"] <= 0.08 and found[name] <= 0.12
+            assert found[f"{name}_high"] >= 0.03
 
 
 @pytest.mark.parametrize(

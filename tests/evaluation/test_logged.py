@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from recexplore.errors import InputError
-from recexplore.evaluation import logged, off_policy
+from recexplore.evaluation import arms, logged, off_policy
 from recexplore.feedback import transitions
 from recexplore.interactions.schema import check_log
 from recexplore.simulation.log import as_log
@@ -68,7 +68,7 @@ def truth(seed, found, policy):
     return float((policy(found.asked) * by_topic[users]).sum(axis=1).mean())
 
 
-@pytest.mark.parametrize("policy", [logged.random_novel, favourites])
+@pytest.mark.parametrize("policy", [arms.random_novel, favourites])
 def test_estimates_are_unbiased_for_the_platforms_truth(policy):
     feedback = np.random.default_rng(0).random(TOPICS)  # no good model is needed
     errors, naive, held = [], [], 0
@@ -92,7 +92,7 @@ def test_weights_have_the_mean_one():
     found = [impressions_of(seed) for seed in range(8)]
     ones = [
         logged.value(each._replace(log=each.log._replace(rewards=np.ones(len(each.shares)))),
-                     logged.random_novel, np.zeros(TOPICS), samples=2).inverse_propensity.value
+                     arms.random_novel, np.zeros(TOPICS), samples=2).inverse_propensity.value
         for each in found
     ]  # fmt: skip
     assert np.mean(ones) == pytest.approx(1.0, abs=4 * np.std(ones) / np.sqrt(8))
@@ -150,8 +150,9 @@ def test_all_policies_are_distributions_over_what_is_new():
     found = impressions_of(1)
     random = np.random.default_rng(0)
     shape = (len(found.histories), TOPICS)
-    made = logged.make_policies(np.log(random.dirichlet(np.ones(TOPICS), shape[0])),
-                                random.normal(size=shape))  # fmt: skip
+    log_p = np.log(random.dirichlet(np.ones(TOPICS), shape[0]))
+    scores = random.normal(size=shape)
+    made = arms.model_policies(log_p, scores, sample_counts=(5, 20), relevance_weight=1.0)
     names = "random_novel novelty_only best_of_5 best_of_20 alignment_only exhaustive"
     assert list(made) == names.split()
     for policy in made.values():

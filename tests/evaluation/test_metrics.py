@@ -73,15 +73,6 @@ def test_calibration_of_a_constant_offset():
     assert metrics.calibration_error(bins) == pytest.approx(0.1)
 
 
-def test_the_bootstrap_resamples_users_not_rows():
-    random = np.random.default_rng(0)
-    by_user = random.integers(0, 2, 100).astype(float)
-    values, users = np.repeat(by_user, 50), np.repeat(np.arange(100), 50)
-    low, high = metrics.bootstrap_interval(values, users)
-    expected = 1.96 * by_user.std() / 10  # of 100 users, not of 5,000 rows
-    assert (high - low) / 2 == pytest.approx(expected, rel=0.2)
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), min_size=1, max_size=8))
 def test_choosing_keeps_distinct_clusters_best_first(proposals):

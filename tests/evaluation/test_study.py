@@ -30,7 +30,10 @@ def test_visits_are_read_as_they_were_written(tmp_path):
         np.testing.assert_allclose(after, before, rtol=1e-6)
         assert after.dtype == before.dtype
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "visits.npz").read_bytes()[:100])
-    for name in ("damaged.npz", "missing.npz"):
+    (tmp_path / "empty.npz").touch()
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.arange(3))
+    for name in ("damaged.npz", "empty.npz", "array.npz", "missing.npz"):
         with pytest.raises(InputError, match=f"{name} holds no visits.*recexplore experiment"):
             study.Visits.read(tmp_path / name)
 

@@ -136,6 +136,34 @@ def test_what_was_shown_on_purpose_counts_less():
         )
 
 
+def test_weighted_moves_are_shrunk_by_what_they_are_worth():
+    rows = [((0, 1), 2, 0.8, False, False)] * 2 + [((0, 1), 3, w, False, False) for w in (0.3, 0.5)]
+    rows += [((5, 1), 3, 0.6, False, False)]
+    table = moves(rows, propensities=[0.5, 0.25, 0.01, 0.04, 0.01])
+    found = collective.collective_feedback(
+        ibis.memtable(table),
+        history_length=2,
+        min_propensity=0.01,
+        shrinkage=3.0,
+        outliers=0.0,
+        rounding=0.01,
+    )
+    by_move = {(tuple(r["history"]), r["next_cluster"]): r for r in found.table.to_pylist()}
+    w = 0.25  # of the one shown with probability 0.04, beside one of weight 1
+    mean, users = (0.3 + w * 0.5) / (1 + w), (1 + w) ** 2 / (1 + w**2)
+    of_3 = (0.3 + w * 0.5 + 0.6) / (2 + w)
+    shrunk = {
+        ((0, 1), 2): 0.8,  # alone in its cluster, however little it weighs
+        ((0, 1), 3): (users * mean + 3 * of_3) / (users + 3),
+        ((5, 1), 3): (0.6 + 3 * of_3) / 4,
+    }
+    assert (found.low, found.high) == pytest.approx((min(shrunk.values()), 0.8))
+    for move, value in shrunk.items():
+        label = (value - found.low) / (found.high - found.low)
+        assert by_move[move]["label"] == pytest.approx(label, abs=0.006)
+    assert by_move[((0, 1), 2)]["weight"] == pytest.approx(0.02 + 0.04)
+
+
 def test_weights_undo_what_a_recommender_favours():
     random = np.random.default_rng(0)
     taste = random.random(20_000)  # of each user for cluster 2; who likes it is shown it more often
