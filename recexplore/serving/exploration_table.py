@@ -22,18 +22,26 @@ class ExplorationTable:
     Args:
       contents: all of it.
       source: what error messages call it.
-      version: the number of the version that was opened; None: it hasn't been written.
+      version: the number of the version that was opened; None: it wasn't read from disk.
+      digest: that it should have; None: the one it has.
 
     Attributes:
       about: its sizes, and the fingerprints of what it was made from.
       version: see above.
     """
 
-    def __init__(self, contents: Contents, source: str | Path, version: int | None = None):
+    def __init__(
+        self,
+        contents: Contents,
+        source: str | Path,
+        version: int | None = None,
+        digest: str | None = None,
+    ):
         self.about: About = contents.about
         self.version = version
         self._contents = contents
         self._source = source
+        self._digest = digest
         self._keys = contents.about.keys
         # Python reads single values from a memoryview several times as fast as from an array.
         self._words = [memoryview(word) for word in contents.keys]
@@ -105,7 +113,8 @@ class ExplorationTable:
             version = versions.current_version(folder)
             path = versions.path_of(folder, version)
             try:
-                return cls(table_files.read(path, clusters), path, version)
+                contents, digest = table_files.read(path, clusters)
+                return cls(contents, path, version, digest)
             except InputError:
                 if versions.current_version(folder) == version:
                     raise  # otherwise it was replaced, and removed, under our hands
@@ -147,16 +156,18 @@ class ExplorationTable:
         Raises:
           InputError: it isn't what was written, or a value isn't what it must be.
         """
-        if self.version is not None:
-            folder = Path(self._source)
-            said, _ = table_files.read_about(folder, self.about.fingerprints["clusters"])
-            if table_files.digest(folder) != said["sha256"]:
-                raise InputError(
-                    f"{folder}: the files aren't what was written; their checksum differs from "
-                    f"{table_files.ABOUT}'s. {table_files.REMEDY}"
-                )
+        if self._digest not in (None, table_files.digest(self._contents)):
+            raise InputError(
+                f"{self._source}: the table isn't what was written; its digest differs from "
+                f"{table_files.ABOUT}'s. {table_files.REMEDY}"
+            )
         if problem := table_files.find_problem(self._contents):
             raise InputError(f"{self._source}: {problem}. {table_files.REMEDY}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that it holds: the same for the same table, wherever it lies."""
+        return self._digest or table_files.digest(self._contents)
 
     def rows(self) -> Iterator[tuple[tuple[int, ...], Row]]:
         """All rows, also those that stand for the histories with one end, in order of their keys.

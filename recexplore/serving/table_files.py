@@ -2,7 +2,7 @@
 
     table.arrow     a row for each history, in ascending order of its key; see `row_schema`
     popular.arrow   the clusters by popularity
-    table.json      sizes, fingerprints, and a checksum of the other two
+    table.json      sizes, fingerprints, and a digest of all values
 
 Both Arrow files are IPC files, uncompressed and in one batch, so that they are read where they lie:
 opening maps them into memory, and all processes of a machine share them. Nothing in a version says
@@ -11,6 +11,7 @@ when or where it was made: the same table gives the same bytes.
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,12 +125,12 @@ def write(folder: Path, contents: Contents) -> None:
         "format": FORMAT,
         "rows": len(contents.exact),
         "bytes": {name: (folder / name).stat().st_size for name in (TABLE, POPULAR)},
-        "sha256": digest(folder),
+        "sha256": digest(contents),
     }
     artifacts.write_json(folder / ABOUT, said)
 
 
-def read(folder: Path, clusters: str) -> Contents:
+def read(folder: Path, clusters: str) -> tuple[Contents, str]:
     """Maps one version's files into memory.
 
     What costs next to nothing is checked: sizes, columns, and that keys ascend.
@@ -138,10 +139,14 @@ def read(folder: Path, clusters: str) -> Contents:
       folder: of the version.
       clusters: fingerprint of the clusters that it is to be served with.
 
+    Returns:
+      The contents, and the digest that they should have.
+
     Raises:
       InputError: a file is missing or damaged, or the table was made with other clusters.
     """
-    said, about = read_about(folder, clusters)
+    said, about = _read_about(folder)
+    check_clusters(about, clusters, folder)
     for name in (TABLE, POPULAR):
         found = _size(folder / name)
         if found != said["bytes"][name]:
@@ -162,16 +167,32 @@ def read(folder: Path, clusters: str) -> Contents:
         raise InputError(f"{folder / TABLE}: its keys are not in ascending order. {REMEDY}")
     rows = Answers(*columns[words + 1 :])
     popular = Popular(*map(_values, popular.columns))
-    return Contents(about, columns[:words], columns[words], rows, popular)
+    contents = Contents(about, columns[:words], columns[words], rows, popular)
+    return contents, said["sha256"]
 
 
-def read_about(folder: Path, clusters: str) -> tuple[dict[str, Any], About]:
-    """What table.json says, and the part of it that describes the table.
+def check_clusters(about: About, clusters: str, source: Path | str) -> None:
+    """Checks that a table is served with the clusters that it was made with.
+
+    Args:
+      about: what the table says.
+      clusters: fingerprint of those that it is to be served with.
+      source: what the error message calls the table.
 
     Raises:
-      InputError: it is missing or damaged, was written by another version of recexplore, or names
-        other clusters.
+      InputError: it isn't.
     """
+    made_with = about.fingerprints["clusters"]
+    if made_with != clusters:
+        raise InputError(
+            f"{source}: the exploration table was made with other clusters (fingerprint "
+            f"{made_with[:12]}) than those it is to be served with ({clusters[:12]}); its cluster "
+            f"ids mean something else. {REMEDY}"
+        )
+
+
+def _read_about(folder: Path) -> tuple[dict[str, Any], About]:
+    """What table.json says, and the part of it that describes the table."""
     path = folder / ABOUT
     said = artifacts.read_json(path)
     if not isinstance(said, dict) or said.get("format") != FORMAT:
@@ -181,31 +202,25 @@ def read_about(folder: Path, clusters: str) -> tuple[dict[str, Any], About]:
         )
     try:
         about = About(**{field.name: said[field.name] for field in dataclasses.fields(About)})
+        clusters = about.fingerprints["clusters"]
         sizes = dataclasses.astuple(about)[:4]
         stated = [*sizes, said["rows"], *(said["bytes"][name] for name in (TABLE, POPULAR))]
         whole = all(type(size) is int for size in stated) and min(stated) >= 0
-        made_with = about.fingerprints["clusters"]
-        whole = whole and min(sizes[:3]) > 0 and isinstance(said["sha256"], str)
+        whole = whole and min(sizes[:3]) > 0
+        whole = whole and all(isinstance(text, str) for text in (said["sha256"], clusters))
     except (KeyError, TypeError):
-        whole, made_with = False, ""
+        whole = False
     if not whole:
         raise InputError(f"{path} is not what recexplore writes. {REMEDY}")
-    if made_with != clusters:
-        raise InputError(
-            f"{folder}: the exploration table was made with other clusters (fingerprint "
-            f"{made_with[:12]}) than those it is to be served with ({clusters[:12]}); its cluster "
-            f"ids mean something else. {REMEDY}"
-        )
     return said, about
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of both Arrow files, one after the other."""
-    found = hashlib.sha256()
-    for name in (TABLE, POPULAR):
-        with open(folder / name, "rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
+def digest(contents: Contents) -> str:
+    """SHA-256 of all that a table holds, whatever file it lies in."""
+    found = hashlib.sha256(json.dumps(dataclasses.asdict(contents.about), sort_keys=True).encode())
+    for values in (*contents.keys, contents.exact, *contents.rows, *contents.popular):
+        found.update(f" {values.dtype.str} {values.shape} ".encode())
+        found.update(np.ascontiguousarray(values).data if values.size else b"")
     return found.hexdigest()
 
 
