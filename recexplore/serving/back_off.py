@@ -9,27 +9,9 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 from scipy.special import expit, logit
 
-from recexplore.serving.exploration import Popular
+from recexplore.serving.exploration import Answers, Popular
 
 _SURE = 1e-6  # no mean label is closer to 0 or 1 than this
-
-
-class Answers(NamedTuple):
-    """Histories and what is answered to them.
-
-    Attributes:
-      histories: cluster ids, oldest first; -1 in front of shorter histories.
-      clusters: best first; -1 where a place isn't filled, and the others are 0 there.
-      scores: see `Exploration`, as for the others.
-      log_probabilities: of each cluster.
-      propensities: of each cluster.
-    """
-
-    histories: Int[np.ndarray, "R K"]
-    clusters: Int[np.ndarray, "R width"]
-    scores: Float[np.ndarray, "R width"]
-    log_probabilities: Float[np.ndarray, "R width"]
-    propensities: Float[np.ndarray, "R width"]
 
 
 class _Pairs(NamedTuple):

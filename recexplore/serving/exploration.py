@@ -54,6 +54,24 @@ class Row(NamedTuple):
     exact: bool
 
 
+class Answers(NamedTuple):
+    """Many histories and what is answered to them, in arrays.
+
+    Attributes:
+      histories: cluster ids, oldest first; -1 in front of shorter histories.
+      clusters: best first; -1 where a place isn't filled, and the others are 0 there.
+      scores: see `Exploration`, as for the others.
+      log_probabilities: of each cluster.
+      propensities: of each cluster.
+    """
+
+    histories: Int[np.ndarray, "R K"]
+    clusters: Int[np.ndarray, "R width"]
+    scores: Float[np.ndarray, "R width"]
+    log_probabilities: Float[np.ndarray, "R width"]
+    propensities: Float[np.ndarray, "R width"]
+
+
 class Popular(NamedTuple):
     """Clusters by how many users moved into them when they were new to them, most popular first.
 
@@ -107,6 +125,8 @@ def answer(
         kept = [i for i, c in enumerate(clusters) if c >= 0 and c not in excluded][:num_chosen]
         if kept:
             level = HISTORY if row.exact and length == longest else SHORTER
+            if kept[-1] < len(kept):  # mostly the first places, and slices take half the time
+                return Exploration(*[values[: len(kept)] for values in row.answer], level)
             return Exploration(*[[values[i] for i in kept] for values in row.answer], level)
     return _most_popular(popular, excluded, num_chosen)
 

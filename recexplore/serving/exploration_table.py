@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from recexplore.errors import InputError
-from recexplore.serving import table_building, table_files, versions
+from recexplore.serving import table_files, versions
 from recexplore.serving.exploration import HISTORY, Exploration, Popular, Row, answer
 from recexplore.serving.table_files import About, Contents
 
@@ -82,6 +82,8 @@ class ExplorationTable:
         Raises:
           InputError: see `check`; or a history stands there twice.
         """
+        from recexplore.serving import table_building  # SciPy, which look-ups can do without
+
         answers = (clusters, scores, log_probabilities, propensities)
         contents = table_building.build(
             histories,

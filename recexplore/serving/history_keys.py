@@ -34,6 +34,7 @@ class HistoryKeys:
         while digits < history_length and base ** (digits + 1) <= _LIMIT:
             digits += 1
         self._digits = digits  # of a word
+        self._shift = [base ** (digits - filled) for filled in range(digits + 1)]
         self.num_words = -(-history_length // digits)
 
     def pack(self, history: tuple[int, ...]) -> list[int]:
@@ -46,7 +47,7 @@ class HistoryKeys:
             some = newest[start : start + digits]
             for cluster in some:
                 word = word * base + cluster + 1
-            words.append(word * base ** (digits - len(some)))
+            words.append(word * self._shift[len(some)])
         return words
 
     def pack_all(self, histories: Int[np.ndarray, "R K"]) -> list[Int[np.ndarray, "R"]]:

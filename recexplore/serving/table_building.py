@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from recexplore.errors import InputError
-from recexplore.serving.back_off import Answers, shorter_histories
-from recexplore.serving.exploration import Popular
+from recexplore.serving.back_off import shorter_histories
+from recexplore.serving.exploration import Answers, Popular
 from recexplore.serving.table_files import About, Contents
 
 

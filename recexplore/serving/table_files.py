@@ -22,8 +22,7 @@ from jaxtyping import Int, UInt8
 
 from recexplore import artifacts
 from recexplore.errors import InputError
-from recexplore.serving.back_off import Answers
-from recexplore.serving.exploration import Popular
+from recexplore.serving.exploration import Answers, Popular
 from recexplore.serving.history_keys import HistoryKeys, is_ascending
 
 TABLE, POPULAR, ABOUT = "table.arrow", "popular.arrow", "table.json"
@@ -93,7 +92,13 @@ class Contents(NamedTuple):
 
 
 def row_schema(about: About) -> pa.Schema:
-    """The columns of table.arrow."""
+    """The columns of table.arrow.
+
+    `history` has K places, -1 in front of shorter ones; `clusters` and the values beside them have
+    k + K - 1, and clusters of -1 and values of 0 after the last. `exact` is 1 where the models were
+    asked about the history; other rows stand for all histories that end so. See `HistoryKeys` for
+    `key_0` and, where histories are long, `key_1` and so on.
+    """
     lists = [("history", pa.int32(), about.history_length), ("clusters", pa.int32(), about.width)]
     lists += [
         (name, pa.float32(), about.width)
@@ -227,10 +232,13 @@ def digest(contents: Contents) -> str:
 def find_problem(contents: Contents) -> str:
     """What is wrong with a table's values, in words; empty where nothing is.
 
-    A history names a cluster twice or isn't the one that its key says; a cluster is out of range,
-    proposed twice or one of the history; a value is no finite number.
+    The number of exact rows is another; a history names a cluster twice or isn't the one that its
+    key says; a cluster is out of range, proposed twice or one of the history; a value is no finite
+    number.
     """
-    about, words, _, rows, popular = contents
+    about, words, exact, rows, popular = contents
+    if (exact > 1).any() or exact.sum() != about.num_histories:
+        return f"of its rows {exact.sum():,} are exact, not {about.num_histories:,}"
     histories, clusters = rows.histories, rows.clusters
     known = (histories >= -1) & (histories < about.num_clusters)
     known[:, 1:] &= (histories[:, 1:] >= 0) | (histories[:, :-1] < 0)

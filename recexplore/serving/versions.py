@@ -66,7 +66,8 @@ def current_version(folder: Path) -> int:
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} has no exploration table: the file {CURRENT} is missing. Name a folder that "
-            "`recexplore explore` or ExplorationTable.write has written."
+            "ExplorationTable.write has written; in a work directory remove it, and run "
+            "`recexplore explore` again."
         ) from error
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{folder / CURRENT} can't be read ({error}).") from error

@@ -271,6 +271,7 @@ def test_damage_that_shows_is_refused_at_opening(tmp_path, damage, message):
         (replaced("clusters", lambda clusters: clusters + 5), r"must be in 0\.\.5"),
         (replaced("key_0", lambda keys: keys + 1), "the key isn't the history's"),
         (replaced("history", lambda history: history * 0), "names a cluster twice"),
+        (replaced("exact", lambda exact: exact * 0), "of its rows 0 are exact, not 4"),
     ],
 )
 def test_damage_inside_is_found_by_a_full_check(tmp_path, damage, message):

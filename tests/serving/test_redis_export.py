@@ -103,6 +103,16 @@ def test_tables_of_more_than_one_trip_arrive_whole(client, monkeypatch):
         assert not row.answer[0] or there.look_up(history).clusters == row.answer[0][:2]
 
 
+@pytest.mark.parametrize("history", [[0, 1], [5, 1], [5, 5, 0], []])
+def test_a_look_up_is_one_command_whichever_level_answers(client, history):
+    redis_export.export(client, small())
+    there = RedisTable(client, CLUSTERS)
+    client.config_resetstat()
+    assert there.look_up(history) == small().look_up(history)
+    calls = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
+    assert {name: n for name, n in calls.items() if "config" not in name} == {"cmdstat_hmget": 1}
+
+
 def test_unknown_clusters_other_clusters_and_empty_servers_are_refused(client):
     with pytest.raises(InputError, match="Redis has no exploration table under the prefix"):
         RedisTable(client, CLUSTERS)
