@@ -43,7 +43,7 @@ class ExplorationTable:
         self._source = source
         self._digest = digest
         self._keys = contents.about.keys
-        # Python reads single values from a memoryview several times as fast as from an array.
+        # Binary search over a memoryview takes less than half the time of one over an array.
         self._words = [memoryview(word) for word in contents.keys]
         self._exact = memoryview(contents.exact)
         rows = contents.rows

@@ -3,7 +3,7 @@
     PREFIX:current          the version that is current: 16 hexadecimal digits of its digest
     PREFIX:versions         a list of the versions there are, oldest first
     PREFIX:table:VERSION    a hash
-        about               JSON: sizes and fingerprints, as in a table's table.json
+        about               JSON: sizes, fingerprints and format, as in a table's table.json
         popular             P clusters by popularity: P int32 ids, P float32 scores, P float32
                             log-probabilities
         3,17                the history [3, 17], oldest first: a byte, 1 if the models were asked
@@ -35,7 +35,7 @@ from recexplore.serving.exploration import (
     checked,
 )
 from recexplore.serving.exploration_table import ExplorationTable
-from recexplore.serving.table_files import About, check_clusters
+from recexplore.serving.table_files import FORMAT, About, check_clusters
 
 PREFIX = "recexplore"
 _ABOUT, _POPULAR, _WHOLE = "about", "popular", "whole"
@@ -66,7 +66,8 @@ def export(client: redis.Redis, table: ExplorationTable, prefix: str = PREFIX) -
             client.hset(key, mapping=some)
         clusters, *values = table.popular()
         packed = b"".join([clusters.astype("<i4"), *(each.astype("<f4") for each in values)])
-        about = json.dumps(dataclasses.asdict(table.about), sort_keys=True)
+        said = {**dataclasses.asdict(table.about), "format": FORMAT}
+        about = json.dumps(said, sort_keys=True)
         client.hset(key, mapping={_ABOUT: about, _POPULAR: packed})
         client.hset(key, _WHOLE, 1)
     _make_current(client, version, prefix)
@@ -227,7 +228,13 @@ class RedisTable:
                     f"Redis: {self._prefix}:current names {version}, but {key} is gone or not "
                     "whole. Export the table again, and see that Redis doesn't evict it."
                 )
-        about = About(**json.loads(said))
+        fields = json.loads(said)
+        if (found := fields.pop("format", None)) != FORMAT:
+            raise InputError(
+                f"Redis: {key} is of format {found!r}; this version of recexplore reads {FORMAT}. "
+                "Export the table again."
+            )
+        about = About(**fields)
         check_clusters(about, self._clusters, f"Redis, {key}")
         count = len(packed) // 12
         values = struct.unpack(f"<{count}i{2 * count}f", packed)

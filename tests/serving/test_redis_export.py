@@ -121,6 +121,10 @@ def test_unknown_clusters_other_clusters_and_empty_servers_are_refused(client):
         RedisTable(client, "d" * 64)
     with pytest.raises(InputError, match=r"knows the whole numbers 0\.\.5"):
         RedisTable(client, CLUSTERS).look_up([0, 6])
+    key = f"recexplore:table:{redis_export.current_version(client)}"
+    client.hset(key, "about", client.hget(key, "about").replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(InputError, match="is of format 2; this version of recexplore reads 1"):
+        RedisTable(client, CLUSTERS)
     with redis.Redis(port=client.get_connection_kwargs()["port"], decode_responses=True) as other:
         with pytest.raises(InputError, match="decode_responses=False"):
             RedisTable(other, CLUSTERS)
