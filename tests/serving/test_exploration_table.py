@@ -80,6 +80,30 @@ def test_any_look_up_is_what_going_through_all_rows_gives(arguments, data):
 
 
 @settings(**SHARED)
+@given(tables(), st.data())
+def test_keys_of_several_words_find_the_same(arguments, data):
+    shift = 2_000_000_000  # three clusters don't fit in 64 bits
+
+    def shifted(clusters):
+        return [cluster + shift for cluster in clusters]
+
+    rows = {
+        tuple(shifted(history)): (count, shifted(chosen), scores)
+        for history, (count, chosen, scores) in arguments["rows"].items()
+    }
+    size = arguments["num_clusters"] + shift
+    moved = {"rows": rows, "num_clusters": size, "popular": shifted(arguments["popular"])}
+    small_ids, large_ids = build(**arguments), build(**{**arguments, **moved})
+    ids = st.integers(0, arguments["num_clusters"] - 1)
+    likely = st.sampled_from([list(history) for history in arguments["rows"]])
+    for _ in range(8):
+        history, banned = data.draw(likely | st.lists(ids, max_size=5)), data.draw(st.lists(ids))
+        found = large_ids.look_up(shifted(history), shifted(banned))
+        expected = small_ids.look_up(history, banned)
+        assert (found.level, found.clusters) == (expected.level, shifted(expected.clusters))
+
+
+@settings(**SHARED)
 @given(tables())
 def test_every_history_of_a_table_is_found_in_it(arguments):
     table = build(**arguments)
