@@ -17,6 +17,7 @@ _TEST = [
     "hypothesis>=6.100",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
+    "redis>=5.0",
     "ruff>=0.12",
     "scipy>=1.13",
     "setuptools>=75",
@@ -66,6 +67,7 @@ setup(
         "bench": ["torch>=2.6", "transformers>=5.0"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
+        "redis": ["redis>=5.0"],
     },
     entry_points={"console_scripts": ["recexplore=recexplore.cli:main"]},
 )

@@ -90,15 +90,6 @@ COLLECTIVE = pa.schema(
     )
 )
 HISTORIES = pa.schema(_required(("history", _HISTORY), ("count", pa.int64())))
-EXPLORATION_TABLE = pa.schema(
-    _required(
-        ("history", _HISTORY),
-        ("clusters", _HISTORY),  # best first
-        ("scores", pa.list_(pa.float32())),  # of the alignment model
-        ("log_probabilities", pa.list_(pa.float32())),  # of the novelty model
-        ("propensities", pa.list_(pa.float32())),  # of the choice among what was proposed
-    )
-)
 TUNING_OUTPUTS = pa.schema(
     _required(
         ("step", pa.int32()),  # of tuning, after which the policy answered

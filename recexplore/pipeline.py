@@ -398,10 +398,7 @@ def tokenize(
     from recexplore.tasks.vocabulary import Vocabulary
 
     descriptions = ClusterTable.read(work / CLUSTERS).descriptions
-    transitions = artifacts.read_table(
-        work / FEEDBACK / "transitions.parquet", artifacts.TRANSITIONS
-    )
-    collective = artifacts.read_table(work / FEEDBACK / "collective.parquet", artifacts.COLLECTIVE)
+    transitions, collective = _feedback(work)
     corpus = examples.some_prompts(transitions, descriptions, history_length)
     with artifacts.new_folder(work / VOCABULARY) as folder:
         train_vocabulary(folder, corpus, descriptions)
@@ -565,10 +562,12 @@ def explore(
       seed: of the draws.
     """
     from recexplore.explorer import load_explorer
+    from recexplore.serving import versions
+    from recexplore.serving.back_off import popular_clusters
     from recexplore.serving.exploration_table import ExplorationTable
 
     explorer, models = load_explorer(work, (NOVELTY, ALIGNMENT), batch_size)
-    histories = _histories(work, explorer.num_clusters, all_histories)
+    histories, counts = _histories(work, explorer.num_clusters, all_histories)
     with progress.bar("explore") as update:
         found = explorer.explore(
             models[NOVELTY],
@@ -579,28 +578,64 @@ def explore(
             seed,
             update,
         )
+    transitions, collective = _feedback(work)
     table = ExplorationTable.build(
-        histories, found.clusters, found.scores, found.log_probabilities, found.propensities
+        histories,
+        found.clusters,
+        found.scores,
+        found.log_probabilities,
+        found.propensities,
+        counts=counts,
+        popular=popular_clusters(transitions, collective, explorer.num_clusters, banned),
+        num_clusters=explorer.num_clusters,
+        fingerprints=_fingerprints(work, models),
     )
-    with artifacts.new_folder(work / EXPLORATION) as folder:
-        table.write(folder / "exploration_table.parquet")
+    version = table.write(work / EXPLORATION)
+    versions.remove_old(work / EXPLORATION, keep=1)
     progress.say(
-        f"  {len(histories):,} histories; for each on average {found.num_distinct.mean():.1f} "
-        f"different clusters proposed, of {found.num_allowed.mean():.1f} that could be"
+        f"  {len(histories):,} histories, version {version} of the table; for each on average "
+        f"{found.num_distinct.mean():.1f} different clusters proposed, of "
+        f"{found.num_allowed.mean():.1f} that could be"
     )
 
 
-def _histories(work: Path, num_clusters: int, all_histories: bool) -> list[list[int]]:
+def _feedback(work: Path) -> tuple[Any, Any]:
+    folder = work / FEEDBACK
+    return (
+        artifacts.read_table(folder / "transitions.parquet", artifacts.TRANSITIONS),
+        artifacts.read_table(folder / "collective.parquet", artifacts.COLLECTIVE),
+    )
+
+
+def _histories(work: Path, num_clusters: int, all_histories: bool) -> tuple[list[list[int]], Any]:
+    """The histories to explore, and how often users stood at each."""
+    import numpy as np
+
     table = artifacts.read_table(work / FEEDBACK / "histories.parquet", artifacts.HISTORIES)
-    histories = table["history"].to_pylist()
+    histories, counts = table["history"].to_pylist(), table["count"].to_numpy()
     if not all_histories:
-        return histories
+        return histories, counts
     if histories and len(histories[0]) != 2:
         raise InputError(
             f"pipeline.explore.all_histories is for histories of 2 clusters; these have "
             f"{len(histories[0])}, too many to write down all. Set it to False."
         )
-    return [[a, b] for a in range(num_clusters) for b in range(num_clusters) if a != b]
+    pairs = [[a, b] for a in range(num_clusters) for b in range(num_clusters) if a != b]
+    stood = dict(zip(map(tuple, histories), counts.tolist(), strict=True))
+    return pairs, np.array([stood.get(tuple(pair), 0) for pair in pairs], np.int64)
+
+
+def _fingerprints(work: Path, models: Mapping[str, Any]) -> dict[str, str]:
+    """Of all that an exploration table is made from."""
+    from recexplore.interests.cluster_table import ClusterTable
+    from recexplore.models import saved
+    from recexplore.tasks.vocabulary import Vocabulary
+
+    return {
+        CLUSTERS: ClusterTable.read(work / CLUSTERS).fingerprint,
+        VOCABULARY: Vocabulary(work / VOCABULARY).fingerprint,
+        **{name: saved.fingerprint(model.network, model.params) for name, model in models.items()},
+    }
 
 
 def evaluate(
@@ -645,10 +680,10 @@ def evaluate(
     _check_evaluation(settings, off_policy_users)
     explorer, models = load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
     size = explorer.num_clusters
-    transitions = artifacts.read_table(
-        work / FEEDBACK / "transitions.parquet", artifacts.TRANSITIONS
-    )
-    collective = artifacts.read_table(work / FEEDBACK / "collective.parquet", artifacts.COLLECTIVE)
+    clusters = ClusterTable.read(work / CLUSTERS)
+    table = ExplorationTable.open(work / EXPLORATION, clusters.fingerprint)
+    table.check()
+    transitions, collective = _feedback(work)
     train, validation, rows = (
         offline.rows_of(transitions, split, size) for split in ("train", "validation", "test")
     )
@@ -660,8 +695,7 @@ def evaluate(
     own = scores[which[len(histories) :], test["next_cluster"].to_numpy()]
     alignment, bins = offline.alignment_metrics(collective, own, size)
 
-    centroids = ClusterTable.read(work / CLUSTERS).centroids
-    board = held_out.board_with_baselines(train, validation, rows, centroids, seed)
+    board = held_out.board_with_baselines(train, validation, rows, clusters.centroids, seed)
     held_out.add_models(
         board,
         explorer,
@@ -684,7 +718,6 @@ def evaluate(
         proposal_counts=proposal_counts,
         seed=seed,
     )
-    table = ExplorationTable.read(work / EXPLORATION / "exploration_table.parquet")
     metrics = {
         **board.metrics(),
         **alignment,

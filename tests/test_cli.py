@@ -12,6 +12,8 @@ import pytest
 
 from recexplore import cli
 from recexplore.distributed import processes
+from recexplore.interests.cluster_table import ClusterTable
+from recexplore.serving.exploration_table import ExplorationTable
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -162,6 +164,12 @@ def test_the_whole_job_ends_in_metrics_and_a_report(tiny_run):
     assert "<svg" in (folder / "W" / "report.html").read_text()
     for artefact in ("interactions", "clusters", "feedback", "models/novelty", "exploration"):
         assert (folder / "W" / artefact / "config.gin").exists()
+    clusters = ClusterTable.read(folder / "W" / "clusters")
+    table = ExplorationTable.open(folder / "W" / "exploration", clusters.fingerprint)
+    table.check()
+    assert set(table.about.fingerprints) == {"clusters", "vocabulary", "novelty", "alignment"}
+    assert len(table) == metrics["explore/histories"]
+    assert table.look_up([]).level == "popular"
     assert (folder / "W" / "metrics.config.gin").exists()
 
 

@@ -13,6 +13,7 @@ from recexplore.evaluation import experiment_page, figures
 from recexplore.evaluation.report import Contents, write_report
 from recexplore.feedback.transitions import busiest
 from recexplore.interests.cluster_table import ClusterTable
+from recexplore.serving.exploration import HISTORY
 from recexplore.serving.exploration_table import ExplorationTable
 
 _METHODS = {
@@ -63,7 +64,7 @@ def write(
       experiment: folder of the experiment, where there was one.
     """
     clusters = ClusterTable.read(work / "clusters")
-    table = ExplorationTable.read(work / "exploration" / "exploration_table.parquet")
+    table = ExplorationTable.open(work / "exploration", clusters.fingerprint)
     metrics = artifacts.read_json(work / "metrics.json")
     scaling = artifacts.read_json(work / "evaluation" / "scaling.json")
     bins = np.array(artifacts.read_json(work / "evaluation" / "calibration.json"))
@@ -161,7 +162,7 @@ def _some_explorations(table: ExplorationTable, descriptions: list[str], work: P
     """Explorations of the histories at which most users stood, no two with the same end."""
     histories = artifacts.read_table(work / "feedback" / "histories.parquet", artifacts.HISTORIES)
     shown = []
-    for history in busiest(histories, count, lambda h: table.look_up(h) is not None):
+    for history in busiest(histories, count, lambda h: table.look_up(h).level == HISTORY):
         exploration = table.look_up(history)
         chosen = [
             (descriptions[cluster], 1 / (1 + float(np.exp(-score))), log_probability)

@@ -1,6 +1,8 @@
 """The clusters of a work directory: the one way to write and read them."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,17 @@ class ClusterTable:
         """Writes both tables."""
         artifacts.write_table(folder / _CLUSTERS, self.clusters, artifacts.CLUSTERS)
         artifacts.write_table(folder / _ITEM_CLUSTERS, self.item_clusters, artifacts.ITEM_CLUSTERS)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what a cluster id stands for: descriptions, places in the tree, centroids.
+
+        Counts are left out, and which items there are: new items may join clusters that stay what
+        they are.
+        """
+        found = hashlib.sha256(json.dumps([self.descriptions, self.paths]).encode())
+        found.update(self.centroids.tobytes())
+        return found.hexdigest()
 
     @property
     def num_clusters(self) -> int:

@@ -1,12 +1,15 @@
 """A trained model from its folder: which network, of which size, with which parameters."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from recexplore.distributed.checkpoints import load_best
@@ -60,6 +63,23 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
             f"The model's description doesn't fit this version of recexplore ({error}). Train it "
             "again."
         ) from error
+
+
+def fingerprint(model: nn.Module, params: Any) -> str:
+    """SHA-256 of a network and its parameters, adapters and what they add to alike.
+
+    Args:
+      model: the network.
+      params: its variables, all of them on devices of this process.
+    """
+    described = describe(model)
+    kept = {name: described[name] for name in ("network", "config", "settings")}
+    found = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        values = np.ascontiguousarray(jax.device_get(leaf))
+        found.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
+        found.update(values.view(np.uint8))
+    return found.hexdigest()
 
 
 def fresh_variables(model: nn.Module, key: Key[Array, ""]) -> Any:

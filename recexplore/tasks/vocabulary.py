@@ -14,7 +14,9 @@ a colon in its pretraining.
 """
 
 import functools
+import hashlib
 import io
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,6 +210,12 @@ class Vocabulary:
     def is_own(self) -> bool:
         """Whether it was made by `train_vocabulary`."""
         return self.path.name == OWN
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's file and of the tokens around prompts and descriptions."""
+        around = json.dumps([self.path.name, self.begin, self.eos_id, self.pad_id])
+        return hashlib.sha256(around.encode() + self.path.read_bytes()).hexdigest()
 
     @property
     def size(self) -> int:
