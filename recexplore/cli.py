@@ -113,10 +113,11 @@ def _run(arguments: Sequence[str]) -> int:
     flags = _parse(arguments)
     configuration = Configuration(flags.gin_file, flags.gin_bindings, flags.gin_search_paths)
     stages = pipeline.stages(configuration)
-    configuration.check_all_used([(stage.selector, stage.model) for stage in stages])
+    configuration.check_all_used(pipeline.roots(configuration, stages))
     chosen = _chosen(flags, stages)
     for stage in chosen:
         configuration.check_required(stage.selector, stage.model)
+    pipeline.check_experiment(configuration, chosen)
     work = WorkDirectory(Path(flags.workdir), stages, configuration)
     if flags.dry_run:
         for stage in chosen:

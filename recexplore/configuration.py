@@ -97,6 +97,7 @@ class Configuration:
         self._bindings: dict[_Key, _Binding] = {}
         self._macros: dict[str, _Binding] = {}
         self._aliases: dict[str, str] = {}
+        self._used_before: set[str] = set()  # names in bindings that others have replaced
         self._open: list[Path] = []  # files being read, each included by the one before
         for file in files:
             self._read_file(file)
@@ -246,7 +247,10 @@ class Configuration:
                 f"{where}: {_short_selector(selector)} has no argument "
                 f"{statement.arg_name!r}.{_suggest(statement.arg_name, arguments)}"
             )
-        self._bindings[_Key(statement.scope, selector, statement.arg_name)] = _Binding(value, where)
+        key = _Key(statement.scope, selector, statement.arg_name)
+        if key in self._bindings:
+            self._used_before.update(_macro_names(self._bindings[key].value))
+        self._bindings[key] = _Binding(value, where)
 
     def _check_macros(self) -> None:
         used = set()
@@ -259,7 +263,7 @@ class Configuration:
                         f"{binding.where}: %{name} is not defined.{_suggest(name, self._macros)}"
                     )
         for name, binding in self._macros.items():
-            if name not in used:
+            if name not in used | self._used_before:
                 raise InputError(
                     f"{binding.where}: nothing uses the name {name}.{_suggest(name, sorted(used))} "
                     "(A binding is written module.function.argument = value.)"

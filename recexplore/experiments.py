@@ -7,7 +7,7 @@ through again from its seed, so that the experiment goes on where the log ended.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,45 @@ def _variant(settings: Any, name: str, fields: Mapping[str, Any]) -> Any:
     return dataclasses.replace(settings, **fields)
 
 
+def check_settings(bound: Callable[..., Any]) -> None:
+    """Checks what gin binds for `tune` and `experiment`.
+
+    Args:
+      bound: (selector, argument, default) → the value bound.
+
+    Raises:
+      InputError: a value is out of range.
+    """
+    from recexplore.evaluation.experiment import Experiment
+    from recexplore.simulation.world import Settings
+    from recexplore.training.policy_gradient import PolicyGradient
+
+    def made(kind: Any) -> Any:
+        selector = f"{kind.__module__}.{kind.__qualname__}"
+        fields = {f.name: bound(selector, f.name, None) for f in dataclasses.fields(kind)}
+        return kind(**{name: value for name, value in fields.items() if value is not None})
+
+    made(Settings)
+    made(Experiment)
+    tuning = made(PolicyGradient)
+    for name, fields in (bound(f"{__name__}.tune", "variants", None) or {}).items():
+        _variant(tuning, name, fields)
+    counts = {
+        "experiment": ("log_days", "truth_users", "num_visits", "randomised_days", "batch_size"),
+        "tune": ("evaluated", "batch_size"),
+    }
+    for stage, names in counts.items():
+        for name in names:
+            value = bound(f"{__name__}.{stage}", name, None)
+            if value is not None and value < 1:
+                raise InputError(f"experiments.{stage}.{name} is {value}; it must be at least 1.")
+    suppression = bound(f"{__name__}.experiment", "suppression", None)
+    if suppression is not None and not 0 <= suppression < 1:
+        raise InputError(
+            f"experiments.experiment.suppression is {suppression}; it must lie in 0..1, below 1."
+        )
+
+
 def experiment(
     work: Path,
     progress: Progress,
@@ -196,7 +235,10 @@ def experiment(
         work, progress, explorer, models, clusters, truth, history_length
     )
     visits = _visits(here, opinions, settings, num_visits)
-    found: dict[str, float] = {}
+    found = {
+        "experiment/users": float(platform.num_users),
+        "experiment/days": float(settings.num_days),
+    }
     shares = {"experiment": 0.0} | ({"suppressed": suppression} if suppression else {})
     for name, share in shares.items():
         arms = make_arms(

@@ -58,7 +58,7 @@ def stages(configuration: "Configuration") -> list[Stage]:
     models = [*histories, ALIGNMENT]
     trained = tuple(model_folder(name) for name in models)
     explorers = (model_folder(NOVELTY), model_folder(ALIGNMENT))
-    experimented = _experiment(configuration)
+    experimented = _experiment(configuration, models)
     proofs = tuple(path for stage in experimented for path in stage.writes)
     rows = (INTERACTIONS, CLUSTERS, FEEDBACK)
     tokens = (VOCABULARY, EXAMPLES)
@@ -96,11 +96,11 @@ def stages(configuration: "Configuration") -> list[Stage]:
     ]
 
 
-def _experiment(configuration: "Configuration") -> list[Stage]:
+def _experiment(configuration: "Configuration", models: Sequence[str]) -> list[Stage]:
     """The stages of an experiment, where one is configured."""
     if not configuration.value(f"{evaluate.__module__}.evaluate", "experiment", default=False):
         return []
-    tuned = _tuned(configuration)
+    tuned = _tuned(configuration, models)
     pair = (model_folder(NOVELTY), model_folder(ALIGNMENT))
     reads = (CLUSTERS, FEEDBACK, VOCABULARY, *pair)
     made = tuple(model_folder(name) for name in tuned)
@@ -112,10 +112,15 @@ def _experiment(configuration: "Configuration") -> list[Stage]:
     return [*tuning, Stage("experiment", experiments.experiment, reads, (experiments.EXPERIMENT,))]
 
 
-def _tuned(configuration: "Configuration") -> Mapping[str, Any]:
-    """The novelty models tuned on reward, by name."""
-    asked = configuration.value(f"{experiments.__name__}.experiment", "tuned", default={}) or {}
-    made = configuration.value(f"{experiments.__name__}.tune", "variants", default={})
+def _tuned(configuration: "Configuration", models: Sequence[str]) -> Mapping[str, Any]:
+    """The novelty models tuned on reward, by name; `models` are those that aren't."""
+    asked = configuration.value(f"{experiments.__name__}.experiment", "tuned", default=None) or {}
+    made = configuration.value(f"{experiments.__name__}.tune", "variants", default=None) or {}
+    if not isinstance(asked, dict):
+        raise InputError(
+            f"experiments.tune.variants (TUNED) is {asked!r}. It must map names to dictionaries of "
+            "PolicyGradient's fields; {} is for no tuned model."
+        )
     if asked != made:
         raise InputError(
             "experiments.experiment.tuned and experiments.tune.variants differ. Set TUNED, which "
@@ -127,7 +132,42 @@ def _tuned(configuration: "Configuration") -> Mapping[str, Any]:
                 f"experiments.tune.variants (TUNED) maps {name!r} to {fields!r}. It must map names "
                 "of letters, digits and _ to dictionaries of PolicyGradient's fields."
             )
+        if name in models:
+            raise InputError(
+                f"experiments.tune.variants (TUNED) names a model {name!r}, which is taken by one "
+                "that isn't tuned. Call it something else."
+            )
     return asked
+
+
+def roots(configuration: "Configuration", stages: Sequence[Stage]) -> list[tuple[str, str]]:
+    """Where bindings may be used: the stages, and tuning where an experiment tunes nothing.
+
+    Args:
+      configuration: of the run.
+      stages: its own.
+
+    Returns:
+      Selectors with their gin scopes.
+    """
+    found = [(stage.selector, stage.model) for stage in stages]
+    if any(stage.function is experiments.experiment for stage in stages):
+        found.append((f"{experiments.__name__}.tune", ""))
+    return found
+
+
+def check_experiment(configuration: "Configuration", stages: Sequence[Stage]) -> None:
+    """Checks an experiment's settings before there is anything that would be in vain.
+
+    Args:
+      configuration: of the run.
+      stages: that are going to run.
+
+    Raises:
+      InputError: one is out of range.
+    """
+    if any(stage.function in (experiments.tune, experiments.experiment) for stage in stages):
+        experiments.check_settings(configuration.value)
 
 
 def _check_histories(configuration: "Configuration", histories: Mapping[str, Any]) -> None:

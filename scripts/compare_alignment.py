@@ -75,6 +75,8 @@ def main() -> None:
         parser.error(f"unknown: {' '.join(unknown)}")
     settings = [f"--gin_file={file}" for file in flags.gin_file or ["runs/experiment.gin"]]
     settings += ["--quick"] * flags.quick + shared
+    if not flags.workdir.is_dir():
+        parser.error(f"There is no folder {flags.workdir}.")
     try:
         visits = study.Visits.read(flags.workdir / experiments.EXPERIMENT / experiments.VISITS)
     except InputError as error:

@@ -126,6 +126,12 @@ def test_mistakes_are_named_with_their_place(text):
     assert BAD[text] in str(error.value)
 
 
+def test_a_name_whose_use_was_overridden_is_no_mistake():
+    file = write("run.gin", "SIZE = 2\ntoy.inner.size = %SIZE\n")
+    run = Configuration([file], ["toy.inner.size = 3"])
+    assert run.value("toy.inner", "size", None) == 3
+
+
 def test_a_mistake_on_the_command_line_is_shown_as_it_was_typed():
     file = write("run.gin", "toy.inner.size = 1\n")
     with pytest.raises(InputError, match=r"--gin\.toy\.inner\.sise = 2"):

@@ -160,3 +160,30 @@ def test_tuned_models_that_make_no_sense_are_refused(override, message):
     configuration = Configuration(["runs/experiment.gin"], [override])
     with pytest.raises(InputError, match=message):
         pipeline.stages(configuration)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("TUNED=['a']", "It must map names to dictionaries"),
+        ("TUNED={'novelty': {}}", "'novelty', which is taken"),
+        ("TUNED={'a': {'decodng': 'free'}}", "'a' decodng, which is no field"),
+        ("experiment.Experiment.sample_counts=[0]", "must list whole numbers from 1 on"),
+        ("experiment.Experiment.num_days=0", "must be at least 1"),
+        ("experiments.experiment.randomised_days=-1", "randomised_days is -1; it must be at least"),
+        ("experiments.experiment.suppression=1.5", "experiments.experiment.suppression is 1.5"),
+        ("policy_gradient.PolicyGradient.steps=0", "PolicyGradient.steps"),
+        ("world.Settings.num_users=0", "world.Settings.num_users is 0"),
+    ],
+)
+def test_what_an_experiment_cannot_do_is_refused_before_anything(line, words, tmp_path, capsys):
+    flags = ["--workdir", str(tmp_path / "W"), "--gin_file", "runs/experiment.gin"]
+    assert cli.main(["run", *flags, "--quick", f"--gin.{line}"]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "W" / "interactions").exists()
+
+
+def test_an_experiment_may_tune_nothing(tmp_path, capsys):
+    flags = ["--workdir", str(tmp_path / "W"), "--gin_file", "runs/experiment.gin"]
+    assert cli.main(["run", *flags, "--gin.TUNED={}", "--dry_run"]) == 0
+    assert "tune" not in capsys.readouterr().out

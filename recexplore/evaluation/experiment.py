@@ -68,10 +68,11 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
-        counts = tuple(self.sample_counts)
+        counts = self.sample_counts
+        listed = isinstance(counts, list | tuple) and all(type(n) is int and n >= 1 for n in counts)
         for field, ok, rule in (
             ("num_days", self.num_days >= 1, "must be at least 1"),
-            ("sample_counts", counts and min(counts) >= 1, "must list whole numbers from 1 on"),
+            ("sample_counts", counts and listed, "must list whole numbers from 1 on"),
             ("novel_to", self.novel_to in NOVEL_TO, f"must be one of {', '.join(NOVEL_TO)}"),
             ("cool_down", self.cool_down >= 0, "must be at least 0"),
             ("suppression", 0 <= self.suppression < 1, "must lie in 0..1, below 1"),

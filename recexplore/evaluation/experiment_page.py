@@ -50,6 +50,8 @@ _LIMITS = {
 def claims(metrics: Mapping[str, float]) -> list[str]:
     """What the experiment says of what was to be shown, in sentences; whatever it is."""
     found = [
+        _setting(metrics),
+        _against(metrics, "control"),
         _against(metrics, _SINGLE),
         _rivals(metrics, "positive_playback_rate", "positive playback rate"),
         _rivals(metrics, "ueuc", "number of unique engaged pairs"),
@@ -110,6 +112,16 @@ def _change(metrics: Mapping[str, float], arm: str, metric: str, other: str) -> 
     value, low, high = (metrics[f"{key}{end}"] for end in ("", "_low", "_high"))
     verdict = "more" if low > 0 else "less" if high < 0 else "not clearly different"
     return f"<b>{_percent(value)}</b> ({_percent(low)} to {_percent(high)}: {verdict})"
+
+
+def _setting(metrics: Mapping[str, float]) -> str:
+    if "experiment/users" not in metrics:
+        return ""
+    return (
+        f"On a simulated platform of <b>{metrics['experiment/users']:,.0f}</b> users, "
+        f"<b>{metrics['experiment/days']:.0f}</b> days, arms differ in what fills one slot of the "
+        "page. Positive playback: half of an item or more was watched."
+    )
 
 
 def _against(metrics: Mapping[str, float], other: str) -> str:
