@@ -111,7 +111,7 @@ def popular_clusters(
     moves = transitions.filter(pc.equal(transitions["split"], "train"))
     moved = np.bincount(moves["next_cluster"].to_numpy(), minlength=num_clusters)
     told = collective.filter(pc.equal(collective["split"], "train"))
-    clusters, users = told["next_cluster"].to_numpy(), told["count"].to_numpy().astype(np.float64)
+    clusters, users = told["next_cluster"].to_numpy(), told["weight"].to_numpy().astype(np.float64)
     labels = np.bincount(clusters, users * told["label"].to_numpy(), num_clusters)
     users = np.bincount(clusters, users, num_clusters)
     mean = labels.sum() / users.sum() if users.any() else 0.5

@@ -26,7 +26,7 @@ def test_popular_clusters_are_counted_in_the_training_period(moves, told, banned
         {
             "split": pa.array([split for (split, _), _, _ in told], pa.string()),
             "next_cluster": pa.array([cluster for (_, cluster), _, _ in told], pa.int32()),
-            "count": pa.array([count for _, count, _ in told], pa.int32()),
+            "weight": pa.array([weight for _, weight, _ in told], pa.float32()),
             "label": pa.array([label for _, _, label in told], pa.float32()),
         }
     )
