@@ -231,7 +231,7 @@ def test_the_script_exports_what_a_work_directory_holds(client, port, tmp_path, 
     export = runpy.run_path(str(SCRIPT))["main"]
     arguments = ["--workdir", str(tmp_path), "--url", f"redis://localhost:{port}/0"]
     assert export(arguments) == 2
-    assert "clusters.parquet is missing" in capsys.readouterr().err
+    assert "clusters.parquet is missing" in " ".join(capsys.readouterr().err.split())
     clusters = ClusterTable(
         pa.table(
             {
