@@ -405,6 +405,7 @@ def _opinions(
     from recexplore.evaluation import baselines, offline
     from recexplore.evaluation.arms import Features, Opinions, ThompsonBandit
     from recexplore.evaluation.standing import history_code
+    from recexplore.feedback.collective import target_mean
 
     size = clusters.num_clusters
     histories = list(itertools.permutations(range(size), history_length))
@@ -436,7 +437,7 @@ def _opinions(
     markov = table(fitted["markov"](asked))
     popularity = fitted["popularity"](asked)[0]
     log = _feedback(transitions, size, history_length)
-    feedback = baselines.target_mean(log[1], log[2], np.ones(len(log[1])), size)
+    feedback = target_mean(log[1], log[2], np.ones(len(log[1])), size)
     features = Features(clusters.centroids, popularity, feedback, markov, history_length)
 
     def make_bandit() -> ThompsonBandit:

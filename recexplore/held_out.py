@@ -10,10 +10,11 @@ from jaxtyping import Float, Int
 
 from recexplore.evaluation import logged, offline
 from recexplore.evaluation.arms import model_policies
-from recexplore.evaluation.baselines import Baseline, Rows, fit_all, nearest, target_mean
+from recexplore.evaluation.baselines import Baseline, Rows, fit_all, nearest
 from recexplore.evaluation.offline import SUFFIXES
 from recexplore.evaluation.scoreboard import Scoreboard
 from recexplore.explorer import Explorer, History
+from recexplore.feedback.collective import target_mean
 from recexplore.inference.launch import Model
 from recexplore.progress import Progress
 

@@ -766,7 +766,7 @@ def evaluate(
     impressions = _logged_impressions(
         work,
         progress,
-        size,
+        clusters,
         history_length=history_length,
         num_users=off_policy_users,
         seed=seed,
@@ -797,10 +797,9 @@ def evaluate(
             progress.say(f"  {name}: pairwise accuracy {metrics[key]:.4f}")
 
 
-def _logged_impressions(work: Path, progress: Progress, size: int, **options: Any):
+def _logged_impressions(work: Path, progress: Progress, clusters: Any, **options: Any):
     """The held-out period's impressions; None, with a line why, where they can't be used."""
     from recexplore.evaluation import logged
-    from recexplore.interests.cluster_table import ClusterTable
 
     path, interactions = work / FEEDBACK / _PERIODS, _read_log(work)[0]
     start = 0
@@ -816,8 +815,8 @@ def _logged_impressions(work: Path, progress: Progress, size: int, **options: An
     try:
         return logged.read_impressions(
             interactions,
-            ClusterTable.read(work / CLUSTERS).item_clusters,
-            size,
+            clusters.item_clusters,
+            clusters.num_clusters,
             start=start,
             look_back_days=known["look_back_days"],
             **options,

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from recexplore.evaluation import metrics
+from recexplore.feedback.collective import target_mean
 from recexplore.feedback.transitions import recency_weights
 
 _HALF_LIVES = (None, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -208,32 +209,6 @@ def _best(members: Iterable[Baseline], validation: Rows, mask: Bool[np.ndarray, 
         return _Fitted(member, float(metrics.recall(rank, 10).mean()))
 
     return max(map(judge, members), key=lambda fitted: fitted.recall)
-
-
-def target_mean(
-    targets: Int[np.ndarray, "R"],
-    rewards: Float[np.ndarray, "R"],
-    counts: Int[np.ndarray, "R"] | Float[np.ndarray, "R"],
-    num_clusters: int,
-    prior: float = 0.0,
-) -> Float[np.ndarray, "M"]:
-    """Mean training feedback of each next cluster, whatever the history; the baseline of alignment.
-
-    With n moves into a cluster of total reward t, and overall mean m:
-    (t + prior · m) / (n + prior). A cluster without training feedback gets m.
-
-    Args:
-      targets: next clusters of the collective feedback.
-      rewards: their mean rewards.
-      counts: how many moves each mean is of.
-      num_clusters: M.
-      prior: moves' worth of the overall mean mixed in.
-    """
-    moves = np.bincount(targets, counts, minlength=num_clusters)
-    total = np.bincount(targets, counts * rewards, minlength=num_clusters)
-    overall = total.sum() / moves.sum()
-    mixed = np.maximum(moves + prior, 1e-9)
-    return np.where(moves > 0, (total + prior * overall) / mixed, overall)
 
 
 def tuned_prior(

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 
 from recexplore.errors import InputError
 from recexplore.evaluation import metrics
-from recexplore.evaluation.baselines import Rows, target_mean, tuned_prior
+from recexplore.evaluation.baselines import Rows, tuned_prior
+from recexplore.feedback.collective import target_mean
 from recexplore.serving.exploration_table import ExplorationTable
 
 SUFFIXES = {"history": "", "seen": "_unseen"}  # what is left out of the ranking → metric suffix

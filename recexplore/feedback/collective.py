@@ -13,6 +13,7 @@ import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float, Int
 
 from recexplore.errors import InputError
 
@@ -131,9 +132,10 @@ def collective_feedback(
             )
         )
     mean, weight = cells["reward"], cells["weight"]
-    target_mean = _target_mean(cells["next_cluster"], mean, np.where(train, weight, 0.0))
+    targets = cells["next_cluster"]
+    of_targets = target_mean(targets, mean, np.where(train, weight, 0.0), int(targets.max()) + 1)
     users = weight**2 / cells["weight_squares"]
-    shrunk = (users * mean + shrinkage * target_mean) / (users + shrinkage)
+    shrunk = (users * mean + shrinkage * of_targets[targets]) / (users + shrinkage)
     low, high = np.quantile(shrunk[train & kept], [outliers, 1 - outliers])
     if not high - low > 1 / _GRAIN:
         raise InputError(
@@ -150,6 +152,32 @@ def collective_feedback(
         f"training moves made by fewer than {min_count} users": int((~kept).sum()),
     }
     return Collective(table, float(shrinkage), float(low), float(high), dropped)
+
+
+def target_mean(
+    targets: Int[np.ndarray, "R"],
+    rewards: Float[np.ndarray, "R"],
+    counts: Int[np.ndarray, "R"] | Float[np.ndarray, "R"],
+    num_clusters: int,
+    prior: float = 0.0,
+) -> Float[np.ndarray, "M"]:
+    """Mean training feedback of each next cluster, whatever the history; the baseline of alignment.
+
+    With n moves into a cluster of total reward t, and overall mean m:
+    (t + prior · m) / (n + prior). A cluster without training feedback gets m.
+
+    Args:
+      targets: next clusters of the collective feedback.
+      rewards: their mean rewards.
+      counts: how many moves each mean is of.
+      num_clusters: M.
+      prior: moves' worth of the overall mean mixed in.
+    """
+    moves = np.bincount(targets, counts, minlength=num_clusters)
+    total = np.bincount(targets, counts * rewards, minlength=num_clusters)
+    overall = total.sum() / moves.sum()
+    mixed = np.maximum(moves + prior, 1e-9)
+    return np.where(moves > 0, (total + prior * overall) / mixed, overall)
 
 
 def estimate_shrinkage(
@@ -249,14 +277,6 @@ def _cells(
         columns[name] = columns[name] / grain
     histories = np.stack([cells[name].to_numpy() for name in places], axis=1)
     return {**columns, "history": list(histories)}, too_short.to_pyarrow().as_py()
-
-
-def _target_mean(targets: np.ndarray, means: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Each row's mean over all rows of its target; the overall mean where these weigh nothing."""
-    _, places = np.unique(targets, return_inverse=True)
-    total, moves = np.bincount(places, weights * means), np.bincount(places, weights)
-    overall = np.full(len(moves), total.sum() / moves.sum())
-    return np.divide(total, moves, out=overall, where=moves > 0)[places]
 
 
 def _weight(rows: ir.Table, min_propensity: float | None) -> ir.Value:

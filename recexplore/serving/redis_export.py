@@ -27,6 +27,7 @@ from typing import NamedTuple
 import redis
 
 from recexplore.errors import InputError
+from recexplore.serving import versions
 from recexplore.serving.exploration import (
     Exploration,
     PopularValues,
@@ -125,11 +126,9 @@ def remove_old(client: redis.Redis, keep: int, prefix: str = PREFIX) -> list[str
     Raises:
       InputError: `keep` below 1, or nothing is current.
     """
-    if keep < 1:
-        raise InputError(f"keep is {keep}; the current version stays, so it must be at least 1.")
+    versions.check_keep(keep)
     current = current_version(client, prefix)
-    others = [version for version in all_versions(client, prefix) if version != current]
-    removed = others[: max(len(others) - (keep - 1), 0)]
+    removed = versions.superfluous(all_versions(client, prefix), current, keep)
     for version in removed:
         client.lrem(f"{prefix}:versions", 0, version)
         client.unlink(_key(prefix, version))

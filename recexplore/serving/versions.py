@@ -12,8 +12,9 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from recexplore import artifacts
 from recexplore.errors import InputError
@@ -104,18 +105,33 @@ def remove_old(folder: Path, keep: int) -> list[int]:
     Raises:
       InputError: `keep` below 1, or nothing is current.
     """
-    if keep < 1:
-        raise InputError(f"keep is {keep}; the current version stays, so it must be at least 1.")
+    check_keep(keep)
     with _locked(folder):
-        current = current_version(folder)
-        others = [version for version in all_versions(folder) if version != current]
-        removed = others[: max(len(others) - (keep - 1), 0)]
+        removed = superfluous(all_versions(folder), current_version(folder), keep)
         for version in removed:
             path = path_of(folder, version)
             leaving = path.with_name(f".{path.name}.leaving.tmp")  # a leftover, should we be killed
             os.replace(path, leaving)
             shutil.rmtree(leaving)
     return removed
+
+
+def check_keep(keep: int) -> None:
+    """Refuses to keep fewer versions than the current one."""
+    if keep < 1:
+        raise InputError(f"keep is {keep}; the current version stays, so it must be at least 1.")
+
+
+def superfluous(versions: Sequence[Any], current: Any, keep: int) -> list[Any]:
+    """All versions but the current one and the newest `keep` - 1 of the others.
+
+    Args:
+      versions: oldest first.
+      current: one of them.
+      keep: versions that are left.
+    """
+    others = [version for version in versions if version != current]
+    return others[: max(len(others) - (keep - 1), 0)]
 
 
 def _list(folder: Path) -> str:

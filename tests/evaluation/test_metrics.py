@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from recexplore.evaluation import baselines, metrics, offline
 from recexplore.evaluation.baselines import Rows
+from recexplore.feedback import collective
 
 
 def test_ranks_leave_out_the_excluded_and_share_ties():
@@ -175,7 +176,7 @@ def test_counts_are_fitted_with_all_seen_left_out():
 
 
 def test_the_target_mean_weights_by_users_and_falls_back_to_the_overall_mean():
-    found = baselines.target_mean(
+    found = collective.target_mean(
         np.array([0, 0, 2]), np.array([1.0, 0.4, 0.5]), np.array([1, 3, 4]), 3
     )
     assert found.tolist() == pytest.approx([(1.0 + 1.2) / 4, (1.0 + 1.2 + 2.0) / 8, 0.5])
