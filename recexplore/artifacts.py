@@ -5,6 +5,7 @@ same directory and renamed into place when they are whole.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from recexplore.errors import InputError
 
 _HISTORY = pa.list_(pa.int32())
+_TURN = ".turn"  # whoever has it locked may write in its folder
 
 
 def _required(*fields: tuple[str, pa.DataType]) -> list[pa.Field]:
@@ -57,6 +59,14 @@ CLUSTERS = pa.schema(
     )
 )
 ITEM_CLUSTERS = pa.schema(_required(("item_id", pa.string()), ("cluster_id", pa.int32())))
+ITEM_CATALOGUE = pa.schema(
+    _required(
+        ("item_id", pa.string()),
+        ("cluster_id", pa.int32()),
+        ("popularity", pa.float64()),  # share of the training period's engagements, above 0
+        ("recent_popularity", pa.float64()),  # likewise, where the past fades
+    )
+)
 TRANSITIONS = pa.schema(
     [
         *_required(
@@ -90,6 +100,16 @@ COLLECTIVE = pa.schema(
     )
 )
 HISTORIES = pa.schema(_required(("history", _HISTORY), ("count", pa.int64())))
+PLANS = pa.schema(
+    _required(
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("timestamp", pa.int64()),
+        ("propensity", pa.float32()),
+        ("policy", pa.string()),
+        ("cluster_id", pa.int32()),
+    )
+)
 TUNING_OUTPUTS = pa.schema(
     _required(
         ("step", pa.int32()),  # of tuning, after which the policy answered
@@ -136,6 +156,17 @@ def new_folder(path: Path | str) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str) -> Iterator[None]:
+    """One process at a time, also on network file systems, which lock nothing but open files."""
+    handle = os.open(Path(folder) / _TURN, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(folder: Path | str) -> None:

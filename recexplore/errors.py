@@ -33,3 +33,7 @@ class SharedError(InputError):
 
 class Preempted(Exception):
     """The machine is to be taken away. What was done is saved; the same command goes on."""
+
+
+class Unfinished(Exception):
+    """This process has done its share of the work; others haven't. Nothing is wrong."""

@@ -5,7 +5,7 @@ hands the arrays to recexplore.inference. No TensorFlow is imported, so it start
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from recexplore import artifacts
 from recexplore.errors import InputError
 from recexplore.inference import exhaustive
 from recexplore.inference.best_of_n import Batch, BestOfN, Exploration
-from recexplore.inference.bulk import run_in_batches, silent
+from recexplore.inference.bulk import Times, run_in_batches, silent, stream
 from recexplore.inference.context import Prompts, prefix_cache, read_prompts
+from recexplore.inference.grouping import Grouped, share
 from recexplore.inference.launch import Model, Ready, bucket, check_model, pad_columns
 from recexplore.interests.cluster_table import ClusterTable
 from recexplore.models import saved
@@ -29,7 +30,7 @@ from recexplore.models.trie import Trie, build_trie, exclude_mask
 from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
 from recexplore.tasks.vocabulary import Vocabulary, check_embedding
 
-NETWORK = "network.json"
+NETWORK = saved.NETWORK
 _PAIRS_AT_ONCE = 1 << 25  # of nodes of the exhaustive trunk, over a batch
 History = Sequence[int]
 
@@ -152,6 +153,60 @@ class Explorer:
             batch_size=min(rows, bucket(len(histories))),
             progress=progress,
         )
+
+    def explore_stream(
+        self,
+        novelty: Model,
+        alignment: Model,
+        batches: Iterable[Sequence[History]],
+        banned: Sequence[int],
+        settings: BestOfN,
+        seed: int,
+        take: Callable[[Exploration], None],
+    ) -> Times:
+        """Best of n for batch after batch; what a batch's histories begin with is read once.
+
+        Args:
+          novelty: proposes.
+          alignment: scores.
+          batches: each of at most `batch_size` histories of cluster ids, oldest first; see
+            `grouping.deal`.
+          banned: clusters not to propose.
+          settings: n, k and how to draw and choose.
+          seed: of the draws; the same answers as `explore` gives, but for rounding.
+          take: gets each batch's answers, in order, in another thread.
+
+        Returns:
+          Where the time went.
+
+        Raises:
+          InputError: see `explore`.
+        """
+        prefix = self._vocabulary.prefix
+        padding = self._vocabulary.pad_id
+        ready = Ready(novelty, alignment, (prefix, prefix), self._trie, pad_id=padding)
+        rows = self._batch_size if settings.sampler != "exhaustive" else self._rows_at_once()
+        key = jax.random.key(seed)
+        latest: list[Any] = [None, None]  # what batches begin with, and as the models have read it
+
+        def prepared() -> Iterator[Grouped]:
+            for histories in batches:
+                for start in range(0, len(histories), rows):
+                    some = histories[start : start + rows]
+                    batch = self.batch(novelty, alignment, some, [banned] * len(some))
+                    ready.check(batch)
+                    yield share(batch, prefix, rows)
+
+        def launch(grouped: Grouped) -> Exploration:
+            said = [prompt.tokens.tobytes() for prompt in grouped.beginnings]
+            if latest[0] != said:
+                latest[:] = said, ready.read(grouped.beginnings)
+            return ready.launch(grouped.batch, key, settings, latest[1])
+
+        def answered(grouped: Grouped, found: Exploration) -> None:
+            take(jax.tree.map(lambda values: values[: grouped.rows], found))
+
+        return stream(prepared(), launch, answered)
 
     def batch(
         self,

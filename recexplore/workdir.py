@@ -26,7 +26,7 @@ import recexplore
 from recexplore import artifacts
 from recexplore.configuration import Configuration, call_configured
 from recexplore.distributed import processes
-from recexplore.errors import InputError
+from recexplore.errors import InputError, Unfinished
 from recexplore.progress import Progress
 
 _MEBIBYTE = 1 << 20
@@ -154,6 +154,8 @@ class WorkDirectory:
                 progress,
                 *stage.arguments,
             )
+        except Unfinished:  # others may be writing what this stage writes
+            raise
         except Exception:
             if before is not None and before["outputs"] == self._outputs(stage):
                 if processes.is_first():
@@ -193,32 +195,37 @@ class WorkDirectory:
         return self.folder / "stages" / f"{stage.name.replace(' ', '_')}.json"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, others_too: bool = False) -> Iterator[None]:
         """Keeps other runs out of the work directory; of several processes the first does it.
+
+        Args:
+          others_too: those that have another share of the same work may come in.
 
         Raises:
           InputError: another run has it, or the folder can't be made.
         """
         with contextlib.ExitStack() as held:
-            processes.first_says(lambda: self._lock(held))
+            processes.first_says(lambda: self._lock(held, others_too))
             yield
 
-    def _lock(self, held: contextlib.ExitStack) -> None:
+    def _lock(self, held: contextlib.ExitStack, others_too: bool) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"--workdir {self.folder} is not a folder. Choose another.") from error
         except FileNotFoundError as error:
             raise InputError(f"--workdir {self.folder} can't be made. Choose another.") from error
-        lock = held.enter_context(open(self.folder / ".lock", "w"))
+        lock = held.enter_context(open(self.folder / ".lock", "a+"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if others_too else fcntl.LOCK_EX
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
                 f"{self.folder} is in use by another recexplore run. Wait for it to end, or "
                 "choose another --workdir."
             ) from error
-        artifacts.remove_leftovers(self.folder)
+        if not others_too:
+            artifacts.remove_leftovers(self.folder)
 
     def _check_inputs(self, stage: Stage) -> None:
         for name in stage.reads:

@@ -74,7 +74,7 @@ def main() -> None:
             subprocess.run(command, check=True)
 
 
-def random_table(count: int, num_clusters: int) -> ExplorationTable:
+def random_table(count: int, num_clusters: int, fingerprint: str = FINGERPRINT) -> ExplorationTable:
     """A table of `count` different pairs, whose clusters follow neither of the pair."""
     random = np.random.default_rng(0)
     pairs = random.choice(num_clusters * (num_clusters - 1), count, replace=False)
@@ -96,7 +96,7 @@ def random_table(count: int, num_clusters: int) -> ExplorationTable:
         counts=random.integers(1, 100, count),
         popular=Popular(every, np.zeros(len(every), np.float32), np.zeros(len(every), np.float32)),
         num_clusters=num_clusters,
-        fingerprints={"clusters": FINGERPRINT},
+        fingerprints={"clusters": fingerprint},
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from recexplore import artifacts
 from recexplore.distributed.checkpoints import Checkpoints
 from recexplore.explorer import NETWORK, Explorer, load_model
+from recexplore.inference.grouping import deal
 from recexplore.inference.launch import Model
 from recexplore.inference.selection import BestOfN
 from recexplore.models import saved
@@ -91,3 +92,26 @@ def test_a_folder_says_how_long_histories_were(length, models, vocabulary, tmp_p
         del description["history_length"]  # as it was written once
     artifacts.write_json(tmp_path / NETWORK, description)
     assert load_model(tmp_path, vocabulary).history_length == length
+
+
+def test_a_stream_of_batches_that_begin_alike_gives_the_same_answers(explorer, models):
+    pair = list(models.values())
+    histories = [[a, b] for a in range(6) for b in range(6) if a != b] + [[3], [4]]
+    settings = BestOfN(num_samples=3, num_chosen=2, sampler="distinct")
+    padded = np.array([[*history, -1][:2] for history in histories], np.int32)
+    batches = deal(padded, 4)
+    found = []
+    times = explorer.explore_stream(
+        *pair,
+        [[histories[row] for row in rows] for rows in batches],
+        [5],
+        settings,
+        3,
+        found.append,
+    )
+    order = np.concatenate(batches)
+    wanted = explorer.explore(*pair, histories, [[5]] * len(histories), settings, seed=3)
+    for name in ("clusters", "scores", "log_probabilities", "propensities", "num_allowed"):
+        values = np.concatenate([getattr(part, name) for part in found])
+        np.testing.assert_allclose(values, getattr(wanted, name)[order], rtol=1e-4, atol=1e-5)
+    assert 0 < times.busy <= times.total and 0 < times.compiling < times.total

@@ -144,6 +144,28 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
+def take_share(share: tuple[int, int] | None) -> None:
+    """Says which share of divisible work, (index, count), this process does beside others that it
+    doesn't know; None: there are no such others."""
+    global _share
+    _share = share
+
+
+def share() -> tuple[int, int]:
+    """The share of divisible work that is this process's: (index, number of shares)."""
+    if _share is not None:
+        return _share
+    if is_alone():
+        return 0, 1
+    jax = sys.modules["jax"]
+    return jax.process_index(), jax.process_count()
+
+
+def is_one_of_many() -> bool:
+    """Whether this process was given a share by hand, and the others are on their own as well."""
+    return _share is not None and _share[1] > 1
+
+
 def _gather(text: str) -> list[str]:
     """One text from every process, in order."""
     import numpy as np
@@ -198,6 +220,7 @@ def stop_wanted() -> bool:
 
 
 _noted = False
+_share: tuple[int, int] | None = None
 _asked = itertools.count()
 
 

@@ -1,7 +1,8 @@
 """What stands before a continuation, read once: an instruction that all prompts share, a history.
 
 segment     leading shape   read
-prefix      []              once per parameters, by `prefix_cache`
+prefix      []              once per parameters, by `prefix_cache`; once per batch of histories that
+                            begin alike, where there are many
 history     [B]             once per prompt, by `read_prompts`
 own         [B, …]          by whoever goes on from here
 """
@@ -47,16 +48,25 @@ class Context(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prefix_cache(model: nn.Module, params: dict, tokens: Int[Array, "P"]) -> Segment:
+def prefix_cache(
+    model: nn.Module, params: dict, tokens: Int[Array, "P"], length: Int[Array, ""] | None = None
+) -> Segment:
     """Keys and values of the beginning that all prompts share.
 
     Args:
       model: a Transformer or a RewardModel.
       params: its variables.
       tokens: the beginning; at least one token.
+      length: how many of them are real, where they are right-padded.
+
+    Returns:
+      The segment; its positions are -1 where the tokens are padding.
     """
     _, segment = model.apply(params, tokens, method="prefill")
-    return segment
+    if length is None:
+        return segment
+    real = jnp.arange(tokens.shape[0]) < length
+    return segment._replace(positions=jnp.where(real, segment.positions, -1))
 
 
 def read_prompts(model: nn.Module, params: dict, prefix: Segment, prompts: Prompts) -> Context:
@@ -69,9 +79,9 @@ def read_prompts(model: nn.Module, params: dict, prefix: Segment, prompts: Promp
       prompts: B prompts; each has at least one token besides the prefix.
     """
     num_prompts, width = prompts.tokens.shape
-    prefix_length = prefix.positions.shape[0]
+    in_prefix = (prefix.positions >= 0)[None, None]
+    prefix_length = jnp.sum(in_prefix)
     steps = jnp.arange(width)
-    in_prefix = jnp.ones((1, 1, prefix_length), bool)
     hidden, history = model.apply(
         params,
         prompts.tokens,

@@ -72,6 +72,7 @@ class Ready:
         self._models = (novelty, alignment)
         self._trie = trie
         self._on_device: Trie = jax.device_put(trie)
+        self._lengths = tuple(map(len, prefixes))
         self._prefixes = Prefixes(
             *(
                 prefix_cache(model.network, model.params, jnp.asarray(prefix, jnp.int32))
@@ -100,13 +101,39 @@ class Ready:
         found = self.launch(pad_rows(pad_columns(batch), shares), key, settings)
         return jax.tree.map(lambda x: x[:rows], found)
 
-    def launch(self, batch: Batch, key: Key[Array, ""], settings: BestOfN) -> Exploration:
-        """Explores a batch that was checked; its arrays may be on the device already."""
+    def read(self, beginnings: tuple[Prompts, Prompts]) -> Prefixes:
+        """What all prompts of some batches begin with, read once.
+
+        Args:
+          beginnings: for each model one row of tokens, the prefix among them.
+        """
+        return Prefixes(
+            *(
+                prefix_cache(model.network, model.params, prompt.tokens[0], prompt.lengths[0])
+                for model, prompt in zip(self._models, beginnings, strict=True)
+            )
+        )
+
+    def launch(
+        self,
+        batch: Batch,
+        key: Key[Array, ""],
+        settings: BestOfN,
+        prefixes: Prefixes | None = None,
+    ) -> Exploration:
+        """Explores a batch that was checked; its arrays may be on the device already.
+
+        Args:
+          batch: prompts without what they begin with.
+          key: same key and history, same answer.
+          settings: n, k and how to draw and choose.
+          prefixes: what they begin with, of `read`; None: the prefix of all prompts.
+        """
         novelty, alignment = self._models
         return explore_step(
             novelty.params,
             alignment.params,
-            self._prefixes,
+            self._prefixes if prefixes is None else prefixes,
             self._on_device,
             jax.device_put(batch, self._batch_sharding),
             key,
@@ -144,16 +171,14 @@ class Ready:
             raise InputError(f"The arrays of a batch have {rows} rows; all must have as many.")
         if not rows[0]:
             raise InputError("There is no history to explore: the batch has no rows.")
-        prefixes = (self._prefixes.novelty, self._prefixes.alignment)
-        for name, model, prefix, prompts in zip(
+        for name, model, length, prompts in zip(
             ("novelty", "alignment"),
             self._models,
-            prefixes,
+            self._lengths,
             (batch.novelty, batch.alignment),
             strict=True,
         ):
-            room = model.network.config.max_length - self._trie.max_length
-            room -= len(prefix.positions)
+            room = model.network.config.max_length - self._trie.max_length - length
             _check_prompts(name, prompts, room, model.network.config.vocab_size, self._pad_id)
         _check_clusters(batch, self._trie.num_sequences)
 

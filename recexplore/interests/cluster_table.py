@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,9 @@ from jaxtyping import Float
 
 from recexplore import artifacts
 from recexplore.errors import InputError
-from recexplore.interests.clustering import ItemClustering
-from recexplore.interests.embeddings import places_of_items
+
+if TYPE_CHECKING:
+    from recexplore.interests.clustering import ItemClustering
 
 _CLUSTERS, _ITEM_CLUSTERS = "clusters.parquet", "item_clusters.parquet"
 
@@ -35,7 +37,7 @@ class ClusterTable:
         items: pa.Table,
         interactions: pa.Table,
         embeddings: Float[np.ndarray, "I E"],
-        clustering: ItemClustering,
+        clustering: "ItemClustering",
         descriptions: list[str],
     ) -> "ClusterTable":
         """Puts together what clustering and describing have found.
@@ -50,6 +52,8 @@ class ClusterTable:
         Raises:
           InputError: an interaction with an unknown item.
         """
+        from recexplore.interests.embeddings import places_of_items  # scikit-learn
+
         labels, count = clustering.labels, len(descriptions)
         watched = np.bincount(labels[places_of_items(items, interactions)], minlength=count)
         centroids = [embeddings[labels == c].mean(axis=0) for c in range(count)]

@@ -184,6 +184,19 @@ class ExplorationTable:
             history = tuple(cluster for cluster in histories[place].tolist() if cluster >= 0)
             yield history, Row(tuple(answers), row.exact)
 
+    def any_history(self, draw: float) -> list[int]:
+        """A history that the models were asked about; [] where there is none.
+
+        Args:
+          draw: in [0, 1); says from which row on one is looked for.
+        """
+        for place in range(int(draw * len(self._exact)), 2 * len(self._exact)):
+            row = place % len(self._exact)
+            if self._exact[row]:
+                history = self._contents.rows.histories[row].tolist()
+                return [cluster for cluster in history if cluster >= 0]
+        return []
+
     def popular(self) -> Popular:
         """What is answered where no end of the history was seen."""
         return self._contents.popular
@@ -242,15 +255,21 @@ class TableReader:
         """See `ExplorationTable.look_up`."""
         return self._table.look_up(history, banned)
 
-    def reload(self) -> bool:
+    def reload(self, check: bool = False) -> bool:
         """Goes on with the current version; returns whether it is another one.
 
         Look-ups in other threads go on meanwhile, each with one version or the other.
+
+        Args:
+          check: read all of it first; see `ExplorationTable.check`.
 
         Raises:
           InputError: the current version can't be served. The one before goes on answering.
         """
         if versions.current_version(self._folder) == self._table.version:
             return False
-        self._table = ExplorationTable.open(self._folder, self._clusters)
+        table = ExplorationTable.open(self._folder, self._clusters)
+        if check:
+            table.check()
+        self._table = table
         return True

@@ -22,23 +22,18 @@ from jaxtyping import Int, UInt8
 
 from recexplore import artifacts
 from recexplore.errors import InputError
+from recexplore.serving import arrow_files
 from recexplore.serving.exploration import Answers, Popular
 from recexplore.serving.history_keys import HistoryKeys, is_ascending
 
 TABLE, POPULAR, ABOUT = "table.arrow", "popular.arrow", "table.json"
 FORMAT = 1
 REMEDY = "Run `recexplore explore` again."
-_KINDS = {
-    pa.int64(): np.int64,
-    pa.int32(): np.int32,
-    pa.uint8(): np.uint8,
-    pa.float32(): np.float32,
-}
 _POPULAR = pa.schema(
     [
-        pa.field("cluster", pa.int32(), nullable=False),
-        pa.field("score", pa.float32(), nullable=False),
-        pa.field("log_probability", pa.float32(), nullable=False),
+        arrow_files.number("cluster", pa.int32()),
+        arrow_files.number("score", pa.float32()),
+        arrow_files.number("log_probability", pa.float32()),
     ]
 )
 
@@ -99,32 +94,26 @@ def row_schema(about: About) -> pa.Schema:
     asked about the history; other rows stand for all histories that end so. See `HistoryKeys` for
     `key_0` and, where histories are long, `key_1` and so on.
     """
-    lists = [("history", pa.int32(), about.history_length), ("clusters", pa.int32(), about.width)]
-    lists += [
-        (name, pa.float32(), about.width)
-        for name in ("scores", "log_probabilities", "propensities")
+    fields = [arrow_files.number(f"key_{i}", pa.int64()) for i in range(about.keys.num_words)]
+    fields.append(arrow_files.number("exact", pa.uint8()))
+    return pa.schema([*fields, *answer_fields(about.history_length, about.width)])
+
+
+def answer_fields(history_length: int, width: int) -> list[pa.Field]:
+    """The columns of histories and what is answered to them; see `Answers`."""
+    values = ("scores", "log_probabilities", "propensities")
+    return [
+        arrow_files.numbers("history", pa.int32(), history_length),
+        arrow_files.numbers("clusters", pa.int32(), width),
+        *(arrow_files.numbers(name, pa.float32(), width) for name in values),
     ]
-    fields = [pa.field(f"key_{i}", pa.int64(), nullable=False) for i in range(about.keys.num_words)]
-    fields.append(pa.field("exact", pa.uint8(), nullable=False))
-    for name, kind, size in lists:
-        values = pa.field("item", kind, nullable=False)
-        fields.append(pa.field(name, pa.list_(values, size), nullable=False))
-    return pa.schema(fields)
 
 
 def write(folder: Path, contents: Contents) -> None:
     """Writes one version's files into an empty folder."""
-    schema = row_schema(contents.about)
     columns = [*contents.keys, contents.exact, *contents.rows]
-    arrays = [
-        pa.array(column)
-        if column.ndim == 1
-        else pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), type=field.type)
-        for column, field in zip(columns, schema, strict=True)
-    ]
-    _write_arrow(folder / TABLE, pa.record_batch(arrays, schema=schema))
-    popular = pa.record_batch([pa.array(column) for column in contents.popular], schema=_POPULAR)
-    _write_arrow(folder / POPULAR, popular)
+    arrow_files.write(folder / TABLE, columns, row_schema(contents.about))
+    arrow_files.write(folder / POPULAR, contents.popular, _POPULAR)
     said = {
         **dataclasses.asdict(contents.about),
         "format": FORMAT,
@@ -159,20 +148,18 @@ def read(folder: Path, clusters: str) -> tuple[Contents, str]:
             raise InputError(
                 f"{folder / name} {problem}; {ABOUT} says {said['bytes'][name]:,} bytes. {REMEDY}"
             )
-    batch = _read_arrow(folder / TABLE, row_schema(about))
-    popular = _read_arrow(folder / POPULAR, _POPULAR)
-    if batch.num_rows != said["rows"]:
+    columns = arrow_files.read(folder / TABLE, row_schema(about), ABOUT, REMEDY)
+    popular = arrow_files.read(folder / POPULAR, _POPULAR, ABOUT, REMEDY)
+    if len(columns[0]) != said["rows"]:
         raise InputError(
-            f"{folder / TABLE} has {batch.num_rows:,} rows, not the {said['rows']:,} that {ABOUT} "
+            f"{folder / TABLE} has {len(columns[0]):,} rows, not the {said['rows']:,} that {ABOUT} "
             f"says. {REMEDY}"
         )
-    columns = [_values(column) for column in batch.columns]
     words = about.keys.num_words
     if not is_ascending(columns[:words]):
         raise InputError(f"{folder / TABLE}: its keys are not in ascending order. {REMEDY}")
     rows = Answers(*columns[words + 1 :])
-    popular = Popular(*map(_values, popular.columns))
-    contents = Contents(about, columns[:words], columns[words], rows, popular)
+    contents = Contents(about, columns[:words], columns[words], rows, Popular(*popular))
     return contents, said["sha256"]
 
 
@@ -286,34 +273,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _write_arrow(path: Path, batch: pa.RecordBatch) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-
-
-def _read_arrow(path: Path, schema: pa.Schema) -> pa.RecordBatch:
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if reader.num_record_batches != 1 or not reader.schema.equals(schema):
-            raise InputError(
-                f"{path} doesn't have the columns of an exploration table that {ABOUT} describes. "
-                f"{REMEDY}"
-            )
-        batch = reader.get_batch(0)
-        batch.validate()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} can't be read as Arrow ({error}). {REMEDY}") from error
-    if any(column.null_count for column in batch.columns):
-        raise InputError(f"{path}: a value is null. {REMEDY}")
-    return batch
-
-
-def _values(column: pa.Array) -> np.ndarray:
-    """A column's values as they lie in memory; Arrow's own way to numpy imports pandas."""
-    listed = pa.types.is_fixed_size_list(column.type)
-    flat = column.values if listed else column
-    kind = _KINDS[flat.type]
-    values = np.frombuffer(flat.buffers()[1], kind, len(flat)) if len(flat) else np.zeros(0, kind)
-    return values.reshape(-1, column.type.list_size) if listed else values

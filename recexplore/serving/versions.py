@@ -1,18 +1,18 @@
 """A folder of numbered versions, one of which is current, for readers that never wait.
 
-    folder/000001/  folder/000002/  folder/current     the last is a file that says 000002
+    folder/000001/  folder/000002/     whole tables
+    folder/current                     a file that says 000002
+    folder/.turn                       locked by whoever writes
 
 A version is whole before it has its name, and `current` is replaced in one step, so that a reader
 meets the old version or the new one and nothing in between, whenever a writer is killed. What a
 reader has open stays readable after its version was removed.
 """
 
-import contextlib
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def add_version(folder: Path, fill: Callable[[Path], None]) -> int:
       The version's number, one above the highest there is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with artifacts.locked(folder):
         artifacts.remove_leftovers(folder)
         version = max(all_versions(folder), default=0) + 1
         with artifacts.new_folder(path_of(folder, version)) as temporary:
@@ -86,7 +86,7 @@ def switch(folder: Path, version: int) -> None:
     Raises:
       InputError: there is no such version.
     """
-    with _locked(folder):
+    with artifacts.locked(folder):
         if version not in all_versions(folder):
             raise InputError(f"{folder} has no version {version}; it has {_list(folder)}.")
         _point(folder, version)
@@ -106,7 +106,7 @@ def remove_old(folder: Path, keep: int) -> list[int]:
       InputError: `keep` below 1, or nothing is current.
     """
     check_keep(keep)
-    with _locked(folder):
+    with artifacts.locked(folder):
         removed = superfluous(all_versions(folder), current_version(folder), keep)
         for version in removed:
             path = path_of(folder, version)
@@ -149,16 +149,5 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; the lock is on the folder itself and leaves no file."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
     finally:
         os.close(handle)

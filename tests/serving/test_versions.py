@@ -41,7 +41,7 @@ def test_old_versions_go_when_they_are_told_to(tmp_path):
     assert versions.remove_old(tmp_path, keep=3) == [1, 3]
     assert versions.all_versions(tmp_path) == [2, 4, 5]
     assert versions.remove_old(tmp_path, keep=1) == [4, 5]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "current"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".turn", "000002", "current"]
     assert first_score(tmp_path) == 0.5
 
 
@@ -143,7 +143,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_version_current(tmp_path, 
     assert first_score(tmp_path) == 2.5
     versions.remove_old(tmp_path, keep=1)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left[1:] == ["current"] and len(left) == 2
+    assert left[0] == ".turn" and left[2:] == ["current"] and len(left) == 3
 
 
 def test_writers_wait_for_each_other(tmp_path):
