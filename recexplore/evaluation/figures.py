@@ -95,6 +95,27 @@ def arms(rows: Sequence[tuple[str, float, float, float]], label: str) -> str:
     return _svg(figure)
 
 
+def rounds(lines: Mapping[str, Sequence[tuple[float, float, float]]], label: str) -> str:
+    """Values of several arms, round by round, with their intervals.
+
+    Args:
+      lines: arm in words → value, low, high of each round.
+      label: of the values.
+    """
+    figure, (axis,) = _figure(7.2, 3.4, 1, 1)
+    for place, (name, estimates) in enumerate(lines.items()):
+        value, low, high = np.array(estimates).T
+        numbers = np.arange(1, len(value) + 1) + 0.04 * (place - (len(lines) - 1) / 2)
+        errors = np.stack([value - low, high - value])
+        axis.errorbar(
+            numbers, value, errors, color=_COLOURS[place], label=name, marker="o", ms=5, capsize=3
+        )
+    axis.set_xticks(np.arange(1, len(value) + 1))
+    axis.set(xlabel="round", ylabel=label)
+    axis.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _svg(figure)
+
+
 def best_of_n(rows: Sequence[Mapping[str, float | int]]) -> str:
     """Best of n under the truth: satisfaction beside the score that is chosen by, distance from the
     novelty model, diversity.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from recexplore import artifacts
-from recexplore.evaluation import experiment_page, figures
+from recexplore.evaluation import experiment_page, figures, loop_page
 from recexplore.evaluation.report import Contents, write_report
 from recexplore.feedback.transitions import busiest
 from recexplore.interests.cluster_table import ClusterTable
@@ -118,13 +118,13 @@ def write(
 
 def _proofs(metrics: Mapping[str, float], experiment: Path | None) -> dict[str, Any]:
     if experiment is None:
-        return {}
+        return {"proofs": loop_page.sections(metrics)}
     study, examples = (
         artifacts.read_json(experiment / name) for name in ("study.json", "examples.json")
     )
     return {
         "claims": experiment_page.claims(metrics),
-        "proofs": experiment_page.sections(metrics, study, examples),
+        "proofs": experiment_page.sections(metrics, study, examples) | loop_page.sections(metrics),
     }
 
 

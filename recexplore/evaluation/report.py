@@ -59,6 +59,17 @@ _OFF_POLICY = {
     "off_policy_dr": ("doubly robust", 3),
     "off_policy_ess": ("effective rows", 0),
 }
+_ITEMS = {
+    "items": "item recommender",
+    "items_popularity": "popularity, fading",
+    "items_cooccurrence": "co-occurrence with the last items",
+}
+_ITEM_COLUMNS = {
+    "recall@5": ("recall@5", 3),
+    "recall@10": ("recall@10", 3),
+    "recall@20": ("recall@20", 3),
+    "ndcg@10": ("NDCG@10", 3),
+}
 _ALIGNMENT_COLUMNS = {
     "pairwise_accuracy": "pairs in order",
     "pairwise_accuracy_same_history": "pairs in order, same history",
@@ -121,6 +132,7 @@ def write_report(path: Path, contents: Contents) -> None:
         _off_policy(contents),
         "<h2>Predicting collective feedback</h2>",
         _alignment_table(contents.metrics),
+        _items_within_their_cluster(contents),
         "<h2>Figures</h2>",
         *(figure(caption, svg) for caption, svg in contents.figures.items()),
         "<h2>Explorations in words</h2>",
@@ -249,6 +261,19 @@ def _off_policy(contents: Contents) -> str:
         "and any of its items. Estimated from logged propensities. Effective rows: how many "
         "impressions of the policy's own would tell as much; where they are few, even the "
         "intervals are too narrow.</p>"
+    )
+
+
+def _items_within_their_cluster(contents: Contents) -> str:
+    baselines = tuple(name for name in _ITEMS if name != "items")
+    beside = dataclasses.replace(contents, baselines=baselines)
+    table = _plain_table(beside, _ITEMS, "method", _ITEM_COLUMNS)
+    if not table:
+        return ""
+    return (
+        f"<h2>Items within their cluster</h2>{table}<p class='soft'>For every item that a user "
+        "engaged with in the held-out period, all items of its cluster that the user hadn't met "
+        "are ranked. Baselines' constants were chosen on the validation period.</p>"
     )
 
 

@@ -81,6 +81,11 @@ class Platform:
         """Topics that users know by now: those known from the start and those really watched."""
         return self.recommender.met
 
+    @property
+    def now(self) -> int:
+        """When today begins, in seconds since 1970."""
+        return _START + self.day * _DAY
+
     def arrive(self) -> Int64[np.ndarray, "A"]:
         """Who comes today, ascending."""
         chance = self._random(_ARRIVALS).random(self.settings.num_users, np.float32)
