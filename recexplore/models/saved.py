@@ -18,10 +18,14 @@ from recexplore.errors import InputError
 from recexplore.models.lora import join, split
 from recexplore.models.pretrained import load as load_transformer
 from recexplore.models.reward_model import RewardModel
+from recexplore.models.sequential_recommender import SequentialRecommender
 from recexplore.models.transformer import Transformer, TransformerConfig
 
 CHECKPOINTS = "checkpoints"
-_NETWORKS = {"Transformer": Transformer, "RewardModel": RewardModel}
+NETWORK = "network.json"  # what `describe` says, beside the checkpoints
+_NETWORKS = {
+    network.__name__: network for network in (Transformer, RewardModel, SequentialRecommender)
+}
 
 
 def describe(

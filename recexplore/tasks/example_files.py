@@ -5,9 +5,11 @@ each record is its size (8 bytes) and a checksum of it (4), the bytes, and a che
 """
 
 import mmap
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -38,6 +40,23 @@ def shard_path(folder: Path, split: str, shard: int) -> Path:
 def index_path(folder: Path, split: str) -> Path:
     """Where a split's index lies."""
     return folder / f"{split}.index.npy"
+
+
+def write_records(
+    folder: Path, split: str, records: Sequence[bytes], open_shard: Callable[[str], Any]
+) -> None:
+    """Writes records as TFRecord shards, dealt out in turn.
+
+    Args:
+      folder: of the shards.
+      split: of the records.
+      records: serialised examples.
+      open_shard: path → a writer, such as tf.io.TFRecordWriter.
+    """
+    for shard in range(NUM_SHARDS):
+        with open_shard(os.fspath(shard_path(folder, split, shard))) as writer:
+            for record in records[shard::NUM_SHARDS]:
+                writer.write(record)
 
 
 def write_index(folder: Path, split: str, index: np.ndarray) -> None:
@@ -73,7 +92,8 @@ class ExampleFiles:
         if not len(self._index):
             raise InputError(
                 f"{folder} holds no {split} examples. The log has no novel transition in that "
-                "period: check transitions.split_times and the look-back window."
+                "period, or no item that a user engaged with: check transitions.split_times and "
+                "the look-back window."
             )
         # Examples are dealt out in turn, so the last few are the ends of their shards.
         ends = np.zeros(NUM_SHARDS, np.int64)

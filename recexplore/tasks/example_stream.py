@@ -1,7 +1,9 @@
 """The examples of batch after batch, read at random and tokenised ahead of their use."""
 
 import collections
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import seqio
@@ -35,6 +37,7 @@ class ExampleStream:
 
     Args:
       task: its preprocessors turn one example into one, always the same.
+      features: what a record holds.
       files: the examples.
       row_order: which of them a row holds.
       rows: which of a batch's rows this process wants.
@@ -44,42 +47,56 @@ class ExampleStream:
     def __init__(
         self,
         task: seqio.Task,
+        features: Mapping[str, Any],
         files: ExampleFiles,
         row_order: RowOrder,
         rows: Int[np.ndarray, "R"],
         batch_size: int,
     ):
         self._files, self._order, self._rows, self._batch_size = files, row_order, rows, batch_size
-        self._tokenise = _tokeniser(task, PAIR_FEATURES if files.pairs else FEATURES)
+        self._tokenise = _tokeniser(task, features)
         self._threads = ThreadPoolExecutor(_THREADS, "examples")
         self._ahead: collections.deque[tuple[np.ndarray, Place, Future]] = collections.deque()
+        self.move_to(row_order.start)
 
-    def move_to(self, place: Place) -> None:
-        """Begins anew, with the batch at a place."""
+    def position(self) -> Place:
+        """The place of the next batch; what has only been read ahead doesn't count."""
+        return dict(self._place)
+
+    def move_to(self, position: Place) -> None:
+        """Goes to a place that `position` returned for the same examples and order of rows.
+
+        Raises:
+          InputError: there is no such place.
+        """
+        self._order.check(position)
         for *_, examples in self._ahead:
             examples.cancel()
         self._ahead.clear()
-        self._place = place
+        self._place, self._place_ahead = dict(position), dict(position)
 
-    def next_batch(self) -> tuple[Int[np.ndarray, "R E"], Place, Arrays]:
-        """Example ids of the rows, the place after the batch, and the examples, row after row.
+    def next_batch(self) -> tuple[Int[np.ndarray, "R E"], Arrays]:
+        """Example ids of the next batch's rows, and the examples, row after row.
 
         Raises:
           InputError: a record is damaged.
           StopIteration: there are no more batches.
         """
         while len(self._ahead) < _BATCHES_AHEAD:
-            ids, self._place = self._order.take(self._place, self._batch_size)
+            ids, self._place_ahead = self._order.take(self._place_ahead, self._batch_size)
             if not len(ids):
                 break
             grid = np.full((len(self._rows), ids.shape[1]), ABSENT)
             filled = self._rows < len(ids)
             grid[filled] = ids[self._rows[filled]]
-            self._ahead.append((grid, self._place, self._threads.submit(self._load, grid)))
+            examples = self._threads.submit(self._load, grid)
+            self._ahead.append((grid, self._place_ahead, examples))
         if not self._ahead:
             raise StopIteration
         grid, place, examples = self._ahead.popleft()
-        return grid, place, examples.result()
+        loaded = examples.result()
+        self._place = place
+        return grid, loaded
 
     def _load(self, grid: np.ndarray) -> Arrays:
         records = self._files.read(grid[grid != ABSENT])
@@ -92,7 +109,7 @@ class ExampleStream:
         return {name: values.numpy() for name, values in self._tokenise(records).items()}
 
 
-def _tokeniser(task: seqio.Task, features: dict):
+def _tokeniser(task: seqio.Task, features: Mapping[str, Any]):
     """A compiled function: k records → their features, `rows.NOTHING` behind what is shorter."""
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])

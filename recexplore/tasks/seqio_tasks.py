@@ -44,11 +44,7 @@ def write_examples(
         raise ValueError("Some examples have a worse description and some have none.")
     folder.mkdir(parents=True, exist_ok=True)
     records = [_as_proto(example, index) for index, example in enumerate(examples)]
-    for shard in range(NUM_SHARDS):
-        path = example_files.shard_path(folder, split, shard)
-        with tf.io.TFRecordWriter(os.fspath(path)) as writer:
-            for record in records[shard::NUM_SHARDS]:
-                writer.write(record)
+    example_files.write_records(folder, split, records, tf.io.TFRecordWriter)
     index = example_files.entries(records)
     # There are few different descriptions, each in many examples.
     texts = {text for example in examples for text in (example.targets, example.rejected)}
@@ -258,16 +254,15 @@ class Batches:
         else:
             self._order = order.SingleRows(examples, repeat=repeat)
         self._lay_out = packed_rows if pack else single_rows
-        self._stream = ExampleStream(task, self._files, self._order, wanted, batch_size)
-        self.restart()
+        features = PAIR_FEATURES if self._files.pairs else FEATURES
+        self._stream = ExampleStream(task, features, self._files, self._order, wanted, batch_size)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        grid, place, examples = self._stream.next_batch()
+        grid, examples = self._stream.next_batch()
         self._check(grid[grid != order.ABSENT], examples)
-        self._place = place
         return self._lay_out(examples, grid, self._shape)
 
     def restart(self) -> None:
@@ -276,7 +271,7 @@ class Batches:
 
     def position(self) -> dict[str, int]:
         """The place of the next batch; what has only been read ahead doesn't count."""
-        return dict(self._place)
+        return self._stream.position()
 
     def move_to(self, position: dict[str, int]) -> None:
         """Goes to a place that `position` returned for the same examples and settings.
@@ -286,9 +281,7 @@ class Batches:
         Raises:
           InputError: there is no such place.
         """
-        self._order.check(position)
-        self._place = dict(position)
-        self._stream.move_to(self._place)
+        self._stream.move_to(position)
 
     def check_first_is_full(self) -> None:
         """Checks that the first batch is full, where epochs aren't repeated.

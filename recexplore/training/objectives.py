@@ -3,7 +3,8 @@
 An objective is a function (model, params, trie, batch, dropout key) → `Sums` over a batch, packed
 or not (recexplore.training.reading). Without a dropout key the model runs deterministically, and
 labels are taken as they are: smoothing belongs to training. The trie is for the novelty model's
-objectives; all are called alike.
+objectives; all are called alike. Those of the item recommender are in item_objectives, with a
+catalogue in its place.
 """
 
 from typing import NamedTuple

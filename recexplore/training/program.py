@@ -21,7 +21,6 @@ from recexplore.errors import InputError
 from recexplore.models import pretrained
 from recexplore.models.lora import join, split
 from recexplore.models.saved import fresh_variables
-from recexplore.models.trie import Trie
 from recexplore.training.flops import count_flops
 from recexplore.training.objectives import Sums
 from recexplore.training.optimization import Optimization
@@ -156,7 +155,7 @@ class Program:
 
     @functools.cached_property
     def step(self) -> Callable[..., tuple[State, dict[str, Array]]]:
-        """`train_step` of (state, frozen, batch, trie), compiled when first called."""
+        """`train_step` of (state, frozen, batch, constants), compiled when first called."""
         return jax.jit(
             self._in_place(
                 functools.partial(
@@ -181,7 +180,7 @@ class Program:
 
     @functools.cached_property
     def evaluations(self) -> dict[str, Callable[..., Sums]]:
-        """For each measure `evaluation_step` of (variables, frozen, batch, trie)."""
+        """For each measure `evaluation_step` of (variables, frozen, batch, constants)."""
         return {
             name: jax.jit(
                 self._in_place(
@@ -210,22 +209,23 @@ class Program:
 
         return traced
 
-    def flops(self, batch: Any, trie: Trie) -> int:
+    def flops(self, batch: Any, constants: Any) -> int:
         """Operations of the matrix products that one step needs, by the mathematics.
 
         What rematerialisation computes twice counts once.
 
         Args:
           batch: shapes of a whole batch.
-          trie: shapes of the trie.
+          constants: shapes of what the objective needs besides.
         """
         config = dataclasses.replace(self.model.config, remat="none")
         model = self.model.clone(config=config)
 
-        def loss(params, frozen, batch, trie):
-            return self.objective(model, join(params, frozen), trie, batch).loss
+        def loss(params, frozen, batch, constants):
+            key = jax.random.key(0)  # training may need less than measuring, which has none
+            return self.objective(model, join(params, frozen), constants, batch, key).loss
 
-        return count_flops(jax.grad(loss), self.state.params, self.frozen, batch, trie)
+        return count_flops(jax.grad(loss), self.state.params, self.frozen, batch, constants)
 
 
 def _without(tree: Any, other: Any) -> Any:

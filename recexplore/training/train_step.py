@@ -10,7 +10,6 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from recexplore.models.lora import join
-from recexplore.models.trie import Trie
 from recexplore.training.objectives import Sums
 
 Batch = dict[str, Array]
@@ -49,7 +48,7 @@ def train_step(
     state: State,
     frozen: Any,
     batch: Batch,
-    trie: Trie,
+    constants: Any,
     *,
     model: nn.Module,
     objective: Callable[..., Sums],
@@ -64,7 +63,8 @@ def train_step(
       state: before.
       frozen: the variables that aren't trained, see `models.lora`.
       batch: B examples.
-      trie: the descriptions.
+      constants: what the objective needs besides, the same in every step: the descriptions' trie,
+        or the catalogue of items.
       model: the network.
       objective: one of recexplore.training.objectives.
       optimizer: optax chain.
@@ -77,7 +77,7 @@ def train_step(
       The state after it; the loss, the accuracy, the gradient's norm and the learning rate.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    gradients_of = _gradients_by(model, objective, trie, frozen)
+    gradients_of = _gradients_by(model, objective, constants, frozen)
     if microbatches == 1:
         sums, gradients = gradients_of(state.params, batch, key)
     else:
@@ -101,12 +101,12 @@ def train_step(
 
 
 def _gradients_by(
-    model: nn.Module, objective: Callable[..., Sums], trie: Trie, frozen: Any
+    model: nn.Module, objective: Callable[..., Sums], constants: Any, frozen: Any
 ) -> Callable[[Any, Batch, Array], tuple[Sums, Any]]:
     """A function (trained variables, batch, key) → (sums, gradient of the sum of losses)."""
 
     def loss(params, batch, key):
-        sums = objective(model, join(params, frozen), trie, batch, key)
+        sums = objective(model, join(params, frozen), constants, batch, key)
         return sums.loss, sums
 
     def gradients_of(params, batch, key):
@@ -142,10 +142,10 @@ def evaluation_step(
     params: Any,
     frozen: Any,
     batch: Batch,
-    trie: Trie,
+    constants: Any,
     *,
     model: nn.Module,
     objective: Callable[..., Sums],
 ) -> Sums:
     """Sums of a batch, without dropout."""
-    return objective(model, join(params, frozen), trie, batch)
+    return objective(model, join(params, frozen), constants, batch)

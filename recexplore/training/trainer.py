@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,6 @@ from recexplore.distributed.devices import peak_flops
 from recexplore.distributed.processes import PreemptionNotice
 from recexplore.errors import InputError, Preempted, SharedError
 from recexplore.models.saved import CHECKPOINTS
-from recexplore.models.trie import Trie
 from recexplore.training.optimization import Optimization
 from recexplore.training.program import Objective, Program
 from recexplore.training.telemetry import Curves, Meter, Profile
@@ -69,7 +68,7 @@ def train(
     folder: Path,
     model: nn.Module,
     objective: Objective,
-    trie: Trie,
+    constants: Any,
     data: TrainingData,
     progress: Callable[..., None],
     *,
@@ -92,7 +91,8 @@ def train(
       folder: gets checkpoints/, metrics.jsonl and TensorBoard events.
       model: the network.
       objective: one of recexplore.training.objectives.
-      trie: the descriptions.
+      constants: what the objective needs besides model and batch, the same in every step: the trie
+        of descriptions, or the catalogue of items.
       data: of training and validation; all batches have equal shapes.
       progress: called as progress(step, steps, **figures).
       optimization: how long and how fast.
@@ -135,7 +135,7 @@ def train(
     program = Program(model, objective, optimization, mesh, rules, tuple(measures.items()))
     rows = partitioning.local_rows(data.batch_size, mesh)
     batches, validation = data.training(rows), data.validation(rows)
-    trie = jax.device_put(trie, program.everywhere)
+    constants = jax.device_put(constants, program.everywhere)
     frozen = program.read_frozen(pretrained)
     steps = optimization.steps
 
@@ -162,12 +162,12 @@ def train(
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            state, metrics = program.step(state, frozen, put(batch), trie)
+            state, metrics = program.step(state, frozen, put(batch), constants)
             recent.add(step, metrics, batch)
             profile.after(step, metrics["loss"])
             if meter is None:  # the first step compiles, and says nothing about speed
                 jax.block_until_ready(metrics)
-                meter = _make_meter(program, batch, data.batch_size, trie)
+                meter = _make_meter(program, batch, data.batch_size, constants)
             else:
                 meter.count(batch, waited)
             evaluate = step % evaluate_every == 0 or step == steps
@@ -176,7 +176,7 @@ def train(
                 curves.write(step, figures | meter.read())
             stop = notice.came()
             if evaluate:
-                shown = _validate(program, state, frozen, map(put, validation), trie)
+                shown = _validate(program, state, frozen, map(put, validation), constants)
                 recent.check_validation(step, shown)
                 curves.write(step, shown)
             if evaluate or stop:
@@ -199,22 +199,22 @@ def _check_counts(**counts: int) -> None:
             )
 
 
-def _make_meter(program: Program, batch: Batch, batch_size: int, trie: Trie) -> Meter:
+def _make_meter(program: Program, batch: Batch, batch_size: int, constants: Any) -> Meter:
     whole = {
         name: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype)
         for name, rows in batch.items()
     }
     devices = list(program.mesh.devices.flat)
     times = batch_size / len(batch["tokens"])
-    return Meter(program.flops(whole, trie), peak_flops(devices), times)
+    return Meter(program.flops(whole, constants), peak_flops(devices), times)
 
 
-def _validate(program: Program, state: State, frozen, batches, trie: Trie) -> dict[str, float]:
+def _validate(program: Program, state: State, frozen, batches, constants: Any) -> dict[str, float]:
     """The measures over the whole validation split."""
     parts: dict[str, list] = {name: [] for name in program.evaluations}
     for batch in batches:
         for name, evaluate in program.evaluations.items():
-            parts[name].append(evaluate(state.used, frozen, batch, trie))
+            parts[name].append(evaluate(state.used, frozen, batch, constants))
     found = {}
     for name, sums in parts.items():
         columns = zip(*jax.device_get(sums), strict=True)
