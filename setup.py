@@ -10,16 +10,25 @@ exec((_HERE / "recexplore" / "__init__.py").read_text(), _VERSION)
 _GIN_FOLDERS = ["", *sorted(p.name for p in (_HERE / "gin_configs").iterdir() if p.is_dir())]
 _GIN_PACKAGES = [".".join(["recexplore.gin_configs", name]).rstrip(".") for name in _GIN_FOLDERS]
 
+_SERVE = [
+    "fastapi>=0.115",
+    "prometheus-client>=0.21",
+    "pydantic>=2.10",
+    "uvicorn[standard]>=0.34",
+]
 _TEST = [
+    *_SERVE,
     "beartype>=0.21",
     "build>=1.2",
     "chex>=0.1.90",
+    "httpx>=0.27",
     "hypothesis>=6.100",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "redis>=5.0",
     "ruff>=0.12",
     "scipy>=1.13",
+    "selenium>=4.20",
     "setuptools>=75",
 ]
 
@@ -34,6 +43,7 @@ setup(
     packages=[*find_packages(include=["recexplore", "recexplore.*"]), *_GIN_PACKAGES],
     package_dir={"recexplore": "recexplore", "recexplore.gin_configs": "gin_configs"},
     package_data={
+        "recexplore.serving": ["*.html"],
         "recexplore.simulation": ["*.json"],
         **{package: ["*.gin"] for package in _GIN_PACKAGES},
     },
@@ -68,6 +78,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "redis": ["redis>=5.0"],
+        "serve": _SERVE,
     },
     entry_points={"console_scripts": ["recexplore=recexplore.cli:main"]},
 )

@@ -14,7 +14,7 @@ import recexplore
 from recexplore import pipeline
 from recexplore.configuration import Configuration
 from recexplore.distributed import processes
-from recexplore.errors import InputError, Preempted, SharedError
+from recexplore.errors import InputError, Preempted, SharedError, Unfinished
 from recexplore.progress import Progress
 from recexplore.workdir import Stage, WorkDirectory
 
@@ -28,15 +28,18 @@ _STAGES = {
     "ingest": "read an interaction log into recexplore's schema",
     "cluster": "group items into interest clusters, described in words",
     "aggregate": "find novel transitions and the collective feedback on them",
-    "tokenize": "train the vocabulary and write training examples",
-    "train": "train the novelty models and the alignment model, or the one named by --model",
+    "tokenize": "train the vocabulary and write training examples, and sequences of items",
+    "train": "train the novelty, alignment and item models, or the one named by --model",
     "explore": "choose clusters for every history: the exploration table",
     "tune": "tune the novelty model on the alignment model's score, or the one named by --model",
     "experiment": "compare all arms on the simulated platform, where the truth is known",
+    "loop": "explore by plan, log it and learn from it again, on the simulated platform",
     "evaluate": "measure models and baselines on the held-out period: metrics.json",
     "report": "one page with tables and figures: report.html",
     "run": "all stages in order",
 }
+
+_SERVE = "serve"  # no stage: it makes nothing, and takes flags of its own
 
 _DESCRIPTION = """\
 Finds each user's next novel interest: a novelty model proposes interest clusters, an alignment
@@ -44,6 +47,11 @@ model trained on collective feedback picks the best of n.
 
 stages:
 """ + "\n".join(f"  {name:<10} {what}" for name, what in _STAGES.items())
+_DESCRIPTION += f"""
+
+server:
+  {_SERVE:<10} answer over HTTP from a work directory: see `recexplore serve --help`
+"""
 
 _EXAMPLES = """\
 examples:
@@ -52,6 +60,7 @@ examples:
       --gin.MOVIELENS_DIR="'/data/ml-latest-small'"
   recexplore train --model alignment --workdir W --gin_file runs/demo.gin \\
       --gin.clustering.cluster_items.num_clusters=100
+  recexplore serve --workdir W
 """
 
 
@@ -64,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
+    except Unfinished as error:
+        return _say(str(error), status=0)
     except (Exception, KeyboardInterrupt) as error:
         status = _tell(error)
         if status is None and processes.is_alone():
@@ -78,23 +89,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tell(error: BaseException) -> int | None:
     """Says in words what has happened; returns the exit status, None if there are no words."""
     if isinstance(error, InputError):
-        return _fail(str(error))
+        return _say(str(error))
     if isinstance(error, Preempted):
-        return _fail(f"{error} Run the same command again to go on.", _EXIT_PREEMPTED)
+        return _say(f"{error} Run the same command again to go on.", _EXIT_PREEMPTED)
     if isinstance(error, KeyboardInterrupt):
-        return _fail("Interrupted. Run the same command again to go on.", status=130)
+        return _say("Interrupted. Run the same command again to go on.", status=130)
     if not isinstance(error, OSError):
         return None
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return _EXIT_NOT_READ
     if error.errno in _DISK_FULL or "No space left on device" in str(error):
         place = f" while writing {error.filename}" if error.filename else ""
-        return _fail(
+        return _say(
             f"The disk is full{place}. Nothing that was finished is lost: free some space and "
             "run the same command again."
         )
     if isinstance(error, PermissionError):
-        return _fail(f"No permission for {error.filename}: {error.strerror}.")
+        return _say(f"No permission for {error.filename}: {error.strerror}.")
     return None
 
 
@@ -110,7 +121,12 @@ def _nobody_reads() -> bool:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] == _SERVE:
+        from recexplore import serve
+
+        return serve.main(arguments[1:])
     flags = _parse(arguments)
+    processes.take_share(flags.shard)
     configuration = Configuration(flags.gin_file, flags.gin_bindings, flags.gin_search_paths)
     stages = pipeline.stages(configuration)
     configuration.check_all_used(pipeline.roots(configuration, stages))
@@ -132,7 +148,7 @@ def _run(arguments: Sequence[str]) -> int:
             _check_together(chosen)
     pipeline.check_pretrained(configuration, [s for s in chosen if work.status(s).reason])
     progress = Progress(silent=not processes.is_first())
-    with work.locked():
+    with work.locked(others_too=processes.is_one_of_many()):
         for stage in chosen:
             if processes.stop_wanted():
                 raise Preempted(f"Told to stop before {stage.name}.")
@@ -163,6 +179,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", metavar="NAME", help="for train and tune: novelty, alignment, …")
     parser.add_argument(
+        "--shard",
+        type=_share,
+        metavar="I/N",
+        help="for explore: compute every Nth shard of the table, from the Ith on; N processes, "
+        "wherever they run, do all, and the last makes the table",
+    )
+    parser.add_argument(
         "--quick",
         action="store_true",
         help=f"read {_QUICK} after the other files: a small experiment, in minutes",
@@ -189,7 +212,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     flags.gin_search_paths = [path for path in flags.gin_search_paths.split(",") if path]
     if flags.model and flags.stage not in ("train", "tune"):
         parser.error(f"--model goes with train and tune, not with {flags.stage}")
+    if flags.shard and flags.stage != "explore":
+        parser.error(f"--shard goes with explore, not with {flags.stage}")
     return flags
+
+
+def _share(text: str) -> tuple[int, int]:
+    """I/N as numbers, I of 0..N-1."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no share: write I/N with I from 0 to N - 1, such as 0/4"
+        )
+    return int(match[1]), int(match[2])
 
 
 def _chosen(flags: argparse.Namespace, stages: Sequence[Stage]) -> list[Stage]:
@@ -210,7 +245,7 @@ def _check_together(chosen: Sequence[Stage]) -> None:
             raise InputError(
                 f"Several processes were started, but {stage.name} is for one. Run `recexplore "
                 f"{stage.verb}` in a single process, without JAX_COORDINATOR_ADDRESS or srun; "
-                "`recexplore train` is for several."
+                "`recexplore train` and `recexplore explore` are for several."
             )
 
 
@@ -223,7 +258,7 @@ def _describe(work: WorkDirectory, stage: Stage) -> str:
     return f"{stage.name}\n  reads:  {reads}\n  writes: {', '.join(stage.writes)}\n  {status}"
 
 
-def _fail(message: str, status: int = _EXIT_BAD_INPUT) -> int:
+def _say(message: str, status: int = _EXIT_BAD_INPUT) -> int:
     paragraph = textwrap.fill(
         f"recexplore: {message}", 100, break_long_words=False, break_on_hyphens=False
     )

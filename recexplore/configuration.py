@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import gin
 from gin import config_parser
 
-from recexplore.errors import InputError, Preempted, SharedError
+from recexplore.errors import InputError, Preempted, SharedError, Unfinished
 
 INSTALLED_CONFIGS = "recexplore.gin_configs"
 _REQUIRED = "gin.REQUIRED"
@@ -326,9 +326,10 @@ def call_configured(function: Callable, scope: str, bindings: dict[str, str], *a
     with gin.config_scope(scope or None):
         try:
             function(*args)
-        except (InputError, Preempted) as error:
+        except (InputError, Preempted, Unfinished) as error:
             # gin adds a trail of calls, which is of no use to a person.
-            kind = next(k for k in (SharedError, InputError, Preempted) if isinstance(error, k))
+            kinds = (SharedError, InputError, Preempted, Unfinished)
+            kind = next(kind for kind in kinds if isinstance(error, kind))
             raise kind(str(error).partition("\n  In call to configurable")[0]) from error
         except OSError as error:  # gin's copy of it has forgotten its number and its file
             cause = error

@@ -1,6 +1,7 @@
 """The system, stage by stage: what each reads, does and writes.
 
     interactions → clusters → feedback → vocabulary, examples → models → exploration → report
+                   clusters → item sequences → item recommender → report
 
 A stage is a function (work directory, progress, …) → nothing: it reads artefacts that earlier
 stages left in the work directory and writes its own. What may be chosen about it comes as further
@@ -9,13 +10,14 @@ that nothing is left to do costs no JAX or TensorFlow.
 """
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recexplore import artifacts, experiments
+from recexplore import artifacts, closed_loop, experiments, items
 from recexplore.errors import InputError
 from recexplore.progress import Progress
 from recexplore.workdir import Stage
@@ -29,6 +31,8 @@ FEEDBACK = "feedback"
 VOCABULARY = "vocabulary"
 EXAMPLES = "examples"
 EXPLORATION = "exploration"
+SHARDS = "exploration_shards"  # of the table in the making
+IN_LOG, PAIRS = "log", "pairs"  # which histories are explored
 EVALUATION = "evaluation"
 METRICS = "metrics.json"
 REPORT = "report.html"
@@ -57,8 +61,9 @@ def stages(configuration: "Configuration") -> list[Stage]:
     _check_histories(configuration, histories)
     models = [*histories, ALIGNMENT]
     trained = tuple(model_folder(name) for name in models)
+    recommender = model_folder(items.ITEMS)
     explorers = (model_folder(NOVELTY), model_folder(ALIGNMENT))
-    experimented = _experiment(configuration, models)
+    experimented = [*_experiment(configuration, [*models, items.ITEMS]), *_loop(configuration)]
     proofs = tuple(path for stage in experimented for path in stage.writes)
     rows = (INTERACTIONS, CLUSTERS, FEEDBACK)
     tokens = (VOCABULARY, EXAMPLES)
@@ -67,6 +72,13 @@ def stages(configuration: "Configuration") -> list[Stage]:
         Stage("cluster", cluster, (INTERACTIONS,), (CLUSTERS,)),
         Stage("aggregate", aggregate, (INTERACTIONS, CLUSTERS), (FEEDBACK,)),
         Stage("tokenize", tokenize, (CLUSTERS, FEEDBACK), (VOCABULARY, EXAMPLES)),
+        Stage(
+            "tokenize",
+            items.tokenize,
+            (INTERACTIONS, CLUSTERS),
+            (items.SEQUENCES,),
+            model=items.ITEMS,
+        ),
         *(
             Stage(
                 "train",
@@ -79,12 +91,27 @@ def stages(configuration: "Configuration") -> list[Stage]:
             )
             for name, folder in zip(models, trained, strict=True)
         ),
-        Stage("explore", explore, (CLUSTERS, FEEDBACK, VOCABULARY, *explorers), (EXPLORATION,)),
+        Stage(
+            "train",
+            items.train,
+            (items.SEQUENCES,),
+            (recommender,),
+            model=items.ITEMS,
+            resumes=True,
+            together=True,
+        ),
+        Stage(
+            "explore",
+            explore,
+            (CLUSTERS, FEEDBACK, VOCABULARY, *explorers),
+            (EXPLORATION,),
+            together=True,
+        ),
         *experimented,
         Stage(
             "evaluate",
             evaluate,
-            (*rows, VOCABULARY, *trained, EXPLORATION, *proofs),
+            (*rows, VOCABULARY, *trained, items.SEQUENCES, recommender, EXPLORATION, *proofs),
             (EVALUATION, METRICS),
         ),
         Stage(
@@ -110,6 +137,15 @@ def _experiment(configuration: "Configuration", models: Sequence[str]) -> list[S
     ]
     reads = (INTERACTIONS, *reads, *made)
     return [*tuning, Stage("experiment", experiments.experiment, reads, (experiments.EXPERIMENT,))]
+
+
+def _loop(configuration: "Configuration") -> list[Stage]:
+    """The stage that explores, logs and learns for some rounds, where it is configured."""
+    if not configuration.value(f"{evaluate.__module__}.evaluate", "loop", default=False):
+        return []
+    reads = (INTERACTIONS, CLUSTERS, model_folder(items.ITEMS), EXPLORATION)
+    run = closed_loop.closed_loop
+    return [Stage("loop", run, reads, (closed_loop.CLOSED_LOOP,), resumes=True)]
 
 
 def _tuned(configuration: "Configuration", models: Sequence[str]) -> Mapping[str, Any]:
@@ -178,10 +214,11 @@ def _check_histories(configuration: "Configuration", histories: Mapping[str, Any
 
     setting = "pipeline.tokenize.novelty_histories (NOVELTY_HISTORIES)"
     for name, length in histories.items():
-        if not re.fullmatch(r"\w+", str(name)) or name == ALIGNMENT:
+        taken = items.ITEMS if name == items.ITEMS else ALIGNMENT
+        if not re.fullmatch(r"\w+", str(name)) or name == taken:
             raise InputError(
                 f"{setting} names a model {name!r}. Names are made of letters, digits and _, and "
-                f"{ALIGNMENT!r} is taken."
+                f"{taken!r} is taken."
             )
         if not isinstance(length, int) or length < 1:
             raise InputError(
@@ -586,7 +623,8 @@ def explore(
     *,
     settings: Any,
     batch_size: int = 64,
-    all_histories: bool = False,
+    shard_size: int = 16,
+    histories: str = IN_LOG,
     banned: Sequence[int] = (),
     seed: int = 0,
 ) -> None:
@@ -596,47 +634,62 @@ def explore(
       work: the work directory.
       progress: where to say what is going on.
       settings: a recexplore.inference.selection.BestOfN.
-      batch_size: histories a call of the compiled step.
-      all_histories: every ordered pair of clusters (K = 2 only), not just those in the log.
+      batch_size: histories a call of the compiled step, at most.
+      shard_size: batches that are written together; who is killed has lost no more.
+      histories: "log": those in the log; "pairs": every ordered pair of clusters (K = 2 only); or
+        the path of a Parquet file with a column "history" of lists of cluster ids, oldest first,
+        and maybe one "count", how often users stand there.
       banned: clusters that nobody gets: unsafe, out of stock.
       seed: of the draws.
     """
+    import shutil
+
+    from recexplore import precompute
+    from recexplore.distributed import processes
     from recexplore.explorer import load_explorer
     from recexplore.serving import versions
     from recexplore.serving.back_off import popular_clusters
     from recexplore.serving.exploration_table import ExplorationTable
 
     explorer, models = load_explorer(work, (NOVELTY, ALIGNMENT), batch_size)
-    histories, counts = _histories(work, explorer.num_clusters, all_histories)
-    with progress.bar("explore") as update:
-        found = explorer.explore(
-            models[NOVELTY],
-            models[ALIGNMENT],
-            histories,
-            [banned] * len(histories),
-            settings,
-            seed,
-            update,
-        )
-    transitions, collective = _feedback(work)
-    table = ExplorationTable.build(
-        histories,
-        found.clusters,
-        found.scores,
-        found.log_probabilities,
-        found.propensities,
-        counts=counts,
-        popular=popular_clusters(transitions, collective, explorer.num_clusters, banned),
-        num_clusters=explorer.num_clusters,
-        fingerprints=_fingerprints(work, models),
+    asked, counts = _histories(work, explorer.num_clusters, histories)
+    fingerprints = _fingerprints(work, models)
+    job = precompute.plan(
+        asked,
+        banned=banned,
+        settings=settings,
+        seed=seed,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        made_from=fingerprints,
     )
-    version = table.write(work / EXPLORATION)
-    versions.remove_old(work / EXPLORATION, keep=1)
-    progress.say(
-        f"  {len(histories):,} histories, version {version} of the table; for each on average "
-        f"{found.num_distinct.mean():.1f} different clusters proposed, of "
-        f"{found.num_allowed.mean():.1f} that could be"
-    )
+    popular = popular_clusters(*_feedback(work), explorer.num_clusters, banned)
+    fingerprints |= {"job": job.manifest.digest, "back_off": _digest(counts, *popular)}
+    shards = work / SHARDS / job.manifest.digest[:16]
+    if not _made_by_others(work, fingerprints):
+        precompute.compute(job, shards, explorer, (models[NOVELTY], models[ALIGNMENT]), progress)
+    processes.meet()
+    if not processes.is_first():
+        return
+    with artifacts.locked(work):  # several processes may be the last
+        if not _made_by_others(work, fingerprints):
+            found = precompute.collect(job, shards)
+            table = ExplorationTable.build(
+                asked,
+                *found.answers[1:],
+                counts=counts,
+                popular=popular,
+                num_clusters=explorer.num_clusters,
+                fingerprints=fingerprints,
+            )
+            version = table.write(work / EXPLORATION)
+            versions.remove_old(work / EXPLORATION, keep=1)
+            progress.say(
+                f"  {len(asked):,} histories, version {version} of the table; for each on average "
+                f"{found.num_distinct.mean():.1f} different clusters proposed, of "
+                f"{found.num_allowed.mean():.1f} that could be"
+            )
+        shutil.rmtree(work / SHARDS, ignore_errors=True)
 
 
 def _feedback(work: Path) -> tuple[Any, Any]:
@@ -647,18 +700,43 @@ def _feedback(work: Path) -> tuple[Any, Any]:
     )
 
 
-def _histories(work: Path, num_clusters: int, all_histories: bool) -> tuple[list[list[int]], Any]:
+def _digest(*arrays: Any) -> str:
+    found = hashlib.sha256()
+    for values in arrays:
+        found.update(values.tobytes())
+    return found.hexdigest()
+
+
+def _made_by_others(work: Path, fingerprints: Mapping[str, str]) -> bool:
+    """Whether a process that has another share of this job was the last, and has made the table."""
+    from recexplore.distributed import processes
+    from recexplore.serving.exploration_table import ExplorationTable
+
+    if not processes.is_one_of_many():
+        return False
+    try:
+        table = ExplorationTable.open(work / EXPLORATION, fingerprints[CLUSTERS])
+    except InputError:
+        return False
+    return table.about.fingerprints == fingerprints
+
+
+def _histories(work: Path, num_clusters: int, asked: str) -> tuple[list[list[int]], Any]:
     """The histories to explore, and how often users stood at each."""
     import numpy as np
 
+    if asked not in (IN_LOG, PAIRS):
+        from recexplore.precompute import read_histories
+
+        return read_histories(asked, num_clusters)
     table = artifacts.read_table(work / FEEDBACK / "histories.parquet", artifacts.HISTORIES)
     histories, counts = table["history"].to_pylist(), table["count"].to_numpy()
-    if not all_histories:
+    if asked == IN_LOG:
         return histories, counts
     if histories and len(histories[0]) != 2:
         raise InputError(
-            f"pipeline.explore.all_histories is for histories of 2 clusters; these have "
-            f"{len(histories[0])}, too many to write down all. Set it to False."
+            f"pipeline.explore.histories is {PAIRS!r}, which is for histories of 2 clusters; these "
+            f"have {len(histories[0])}, too many to write down all. Bind {IN_LOG!r}, or a file."
         )
     pairs = [[a, b] for a in range(num_clusters) for b in range(num_clusters) if a != b]
     stood = dict(zip(map(tuple, histories), counts.tolist(), strict=True))
@@ -688,8 +766,10 @@ def evaluate(
     proposal_counts: Sequence[int] = (1, 2, 5, 10, 20, 50),
     relevance_weight: float = 1.0,
     off_policy_users: int | None = 2000,
+    item_users: int | None = 2000,
     batch_size: int = 64,
     experiment: bool = False,
+    loop: bool = False,
     seed: int = 0,
 ) -> None:
     """Models, baselines and the exploration table, measured on the held-out period.
@@ -705,8 +785,10 @@ def evaluate(
       relevance_weight: β of the method `exhaustive`, which ranks by log p + β · score.
       off_policy_users: whose impressions tell what policies would be worth, where propensities are
         logged; a sample of that many, or None for all users.
+      item_users: whose next items tell how good the item recommender is, likewise.
       batch_size: histories a call of a compiled step.
       experiment: the run has an experiment, whose figures go into metrics.json as well.
+      loop: the run closes the loop, likewise.
       seed: of the proposals, and of the random order.
     """
     import pyarrow.compute as pc
@@ -717,7 +799,7 @@ def evaluate(
     from recexplore.interests.cluster_table import ClusterTable
     from recexplore.serving.exploration_table import ExplorationTable
 
-    _check_evaluation(settings, off_policy_users)
+    _check_evaluation(settings, off_policy_users=off_policy_users, item_users=item_users)
     explorer, models = load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
     size = explorer.num_clusters
     clusters = ClusterTable.read(work / CLUSTERS)
@@ -781,8 +863,11 @@ def evaluate(
             relevance_weight=relevance_weight,
             seed=seed,
         )
+    metrics |= items.held_out_metrics(work, progress, users=item_users, seed=seed)
     if experiment:
         metrics |= artifacts.read_json(work / experiments.EXPERIMENT / experiments.METRICS)
+    if loop:
+        metrics |= artifacts.read_json(work / closed_loop.CLOSED_LOOP / closed_loop.METRICS)
     with artifacts.new_folder(work / EVALUATION) as folder:
         artifacts.write_json(folder / "scaling.json", {**scaling, "k": settings.num_chosen})
         artifacts.write_json(folder / "calibration.json", bins.tolist())
@@ -792,6 +877,9 @@ def evaluate(
             f"  {name}: recall@10 {metrics[f'{name}/recall@10']:.4f}, all seen left out "
             f"{metrics[f'{name}/recall@10_unseen']:.4f}"
         )
+    for name in (items.ITEMS, "items_popularity", "items_cooccurrence"):
+        if (key := f"{name}/ndcg@10") in metrics:
+            progress.say(f"  {name}: NDCG@10 within the cluster {metrics[key]:.4f}")
     for name in (ALIGNMENT, "target_mean", "target_mean_shrunk"):
         if (key := f"{name}/pairwise_accuracy") in metrics:
             progress.say(f"  {name}: pairwise accuracy {metrics[key]:.4f}")
@@ -826,12 +914,12 @@ def _logged_impressions(work: Path, progress: Progress, clusters: Any, **options
         return None
 
 
-def _check_evaluation(settings: Any, off_policy_users: int | None) -> None:
-    if off_policy_users is not None and off_policy_users < 1:
-        raise InputError(
-            f"pipeline.evaluate.off_policy_users is {off_policy_users}; it must be at least 1, or "
-            "None for all."
-        )
+def _check_evaluation(settings: Any, **users: int | None) -> None:
+    for name, count in users.items():
+        if count is not None and count < 1:
+            raise InputError(
+                f"pipeline.evaluate.{name} is {count}; it must be at least 1, or None for all."
+            )
     if settings.num_chosen < 10:
         raise InputError(
             f"evaluate/selection.BestOfN.num_chosen is {settings.num_chosen}; recall@10 needs 10."

@@ -10,10 +10,12 @@ import time
 
 import pytest
 
-from recexplore import cli
+from recexplore import artifacts, cli
 from recexplore.distributed import processes
 from recexplore.interests.cluster_table import ClusterTable
+from recexplore.planning import open_planner
 from recexplore.serving.exploration_table import ExplorationTable
+from recexplore.serving.planner import Budget, Event, Request, impressions
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -30,6 +32,7 @@ world.simulate_log.num_days = 6
 pipeline.train.batch_size = 16
 optimization.Optimization.steps = 20
 alignment/optimization.Optimization.steps = 20
+items/optimization.Optimization.steps = 8
 trainer.train.evaluate_every = 10
 trainer.train.log_every = 5
 """
@@ -80,7 +83,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert "train alignment" in said and "writes: report.html" in said
-    assert said.count("not made yet") == 9
+    assert said.count("not made yet") == 11
     assert not work.exists()
 
 
@@ -116,7 +119,9 @@ def test_mistakes_are_one_paragraph_and_status_2(tmp_path, capsys, flags, messag
 
 def test_an_unknown_model_and_a_missing_input_are_named(tmp_path, capsys):
     flags = ["--workdir", str(tmp_path / "W"), "--gin_file", "runs/demo.gin"]
-    assert "It has: novelty, alignment." in refused(capsys, "train", "--model", "nove", *flags)
+    assert "It has: novelty, alignment, items." in refused(
+        capsys, "train", "--model", "nove", *flags
+    )
     error = refused(capsys, "train", "--model", "novelty", *flags)
     assert "is not up to date (not made yet)" in error and "`recexplore run`" in error
 
@@ -167,17 +172,43 @@ def test_the_whole_job_ends_in_metrics_and_a_report(tiny_run):
     clusters = ClusterTable.read(folder / "W" / "clusters")
     table = ExplorationTable.open(folder / "W" / "exploration", clusters.fingerprint)
     table.check()
-    assert set(table.about.fingerprints) == {"clusters", "vocabulary", "novelty", "alignment"}
+    made_of = {"clusters", "vocabulary", "novelty", "alignment", "job", "back_off"}
+    assert set(table.about.fingerprints) == made_of
     assert len(table) == metrics["explore/histories"]
     assert table.look_up([]).level == "popular"
     assert (folder / "W" / "metrics.config.gin").exists()
+
+
+def test_what_was_made_plans_items_for_its_users(tiny_run):
+    work = tiny_run[0] / "W"
+    clusters = ClusterTable.read(work / "clusters")
+    table = ExplorationTable.open(work / "exploration", clusters.fingerprint)
+    planner = open_planner(work, table.look_up, Budget(num_clusters=3, temperature=0.5))
+    log = artifacts.read_table(
+        work / "interactions" / "interactions.parquet", artifacts.INTERACTIONS
+    ).to_pandas()
+    cluster_of = dict(zip(*map(list, clusters.item_clusters.to_pydict().values()), strict=True))
+    requests = []
+    for user, rows in list(log.sort_values("timestamp").groupby("user_id"))[:20]:
+        met = zip(rows["item_id"], rows["timestamp"], rows["skipped"], strict=True)
+        events = [Event(item, int(when), bool(skipped)) for item, when, skipped in met]
+        requests.append(Request(user, events, events[-1].timestamp + 1))
+    plans = planner.plan_all(requests)
+    assert sum(map(len, plans)) > 20
+    for request, plan in zip(requests, plans, strict=True):
+        met = {event.item_id for event in request.events}
+        known = {cluster_of[event.item_id] for event in request.events}
+        for planned in plan:
+            assert planned.item_id not in met and planned.cluster not in known
+            assert cluster_of[planned.item_id] == planned.cluster
+    assert impressions(requests, plans)["user_id"].to_pylist()[0] in log["user_id"].tolist()
 
 
 def test_a_second_run_does_nothing_and_says_so(tiny_run):
     folder, flags, _ = tiny_run
     before = (folder / "W" / "metrics.json").stat().st_mtime_ns
     result = command("run", *flags)
-    assert [line.endswith(": up to date") for line in result.stderr.splitlines()] == [True] * 9
+    assert [line.endswith(": up to date") for line in result.stderr.splitlines()] == [True] * 11
     assert (folder / "W" / "metrics.json").stat().st_mtime_ns == before
 
 
@@ -206,10 +237,10 @@ def test_another_configuration_is_refused_and_changes_nothing(tiny_run, capsys):
     folder, flags, _ = tiny_run
     error = refused(capsys, "run", *flags, "--gin.NUM_CLUSTERS=21")
     assert "num_clusters was 20, now 21" in error and "--overwrite" in error
-    assert command("run", *flags).stderr.count("up to date") == 9
+    assert command("run", *flags).stderr.count("up to date") == 11
 
 
-def test_two_processes_train_as_one_command(tmp_path):
+def test_two_processes_train_and_explore_as_one_command(tmp_path):
     (tmp_path / "tiny.gin").write_text(TINY)
     flags = ("--workdir", str(tmp_path / "W"), "--gin_file", str(tmp_path / "tiny.gin"))
     for stage in ("ingest", "cluster", "aggregate", "tokenize"):
@@ -221,9 +252,15 @@ def test_two_processes_train_as_one_command(tmp_path):
     first, second = together("train", *flags)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "train alignment: done" in first.stderr and "done" not in second.stderr
-    assert command("train", *flags).stderr.count("up to date") == 2
-    for process in together("explore", *flags):
-        assert process.returncode == 2 and "explore is for one" in " ".join(process.stderr.split())
+    assert command("train", *flags).stderr.count("up to date") == 3
+    first, second = together("explore", *flags, "--gin.pipeline.explore.shard_size=1")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "version 1 of the table" in first.stderr and "table" not in second.stderr
+    clusters = ClusterTable.read(tmp_path / "W" / "clusters")
+    ExplorationTable.open(tmp_path / "W" / "exploration", clusters.fingerprint).check()
+    assert not (tmp_path / "W" / "exploration_shards").exists()
+    for process in together("evaluate", *flags):
+        assert process.returncode == 2 and "evaluate is for one" in " ".join(process.stderr.split())
 
 
 def together(*arguments):

@@ -34,6 +34,7 @@ pipeline.aggregate.burn_in_days = 1
 pipeline.train.batch_size = 16
 optimization.Optimization.steps = 20
 alignment/optimization.Optimization.steps = 20
+items/optimization.Optimization.steps = 8
 trainer.train.evaluate_every = 10
 policy_gradient.PolicyGradient.steps = 4
 policy_gradient.PolicyGradient.evaluate_every = 2

@@ -15,6 +15,7 @@ from recexplore.models.transformer import Transformer, TransformerConfig
 FOLDER = Path(__file__).parent.parent / "gin_configs"
 RUNS = {
     "runs/demo.gin": [],
+    "runs/closed_loop.gin": [],
     "runs/experiment.gin": [],
     "runs/movielens_small.gin": ["MOVIELENS_DIR = '/data'"],
     "runs/log.gin": ["INTERACTIONS = 'a.csv'", "ITEMS = 'b.csv'"],

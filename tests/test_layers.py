@@ -22,19 +22,39 @@ ROOMS = {
     "training": {"errors", "distributed", "models", "inference"},  # a policy is tuned on draws
     "aot": {"errors", "distributed", "models", "training", "inference"},
     "serving": {"errors", "artifacts", "models", "inference"},
+    "serve": {"errors", "artifacts", "progress", "interests", "planning", "serving"},
     "simulation": {"errors", "artifacts", "interactions"},
     "evaluation": {"errors", "artifacts", "interests", "serving", "simulation", "feedback"},
+    "planning": {"interests", "items", "serving"},
+    "precompute": {
+        "errors",
+        "progress",
+        "distributed",
+        "explorer",
+        "inference",
+        "serving",
+    },
     "held_out": {"errors", "progress", "evaluation", "explorer", "feedback", "inference"},
+    "items": {
+        *("errors", "artifacts", "progress", "interests", "feedback", "tasks"),
+        *("distributed", "models", "serving", "evaluation"),
+    },
     "configuration": {"errors"},
     "workdir": {"errors", "artifacts", "configuration", "distributed", "progress"},
 }
-STAGES = {*ROOMS, "experiments"}
+STAGES = {*ROOMS, "experiments", "closed_loop"}
 EVERYTHING = {*STAGES, "pipeline", "cli"}
-ROOMS |= {"experiments": STAGES, "pipeline": EVERYTHING - {"cli"}, "cli": EVERYTHING}
+ROOMS |= {
+    "experiments": STAGES,
+    "closed_loop": STAGES,
+    "pipeline": EVERYTHING - {"cli"},
+    "cli": EVERYTHING,
+}
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio", "clu"}
 MAY_IMPORT_TENSORFLOW = {
     "tasks/seqio_tasks.py",  # SeqIO is TensorFlow
     "tasks/seqio_vocabulary.py",
+    "tasks/item_tasks.py",
     "tasks/example_stream.py",  # runs its tasks
     "interactions/movielens.py",  # tensorflow_datasets, inside the one reader that needs it
     "training/telemetry.py",  # clu's TensorBoard writer, when training starts

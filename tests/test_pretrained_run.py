@@ -33,6 +33,7 @@ world.simulate_log.num_days = 6
 pipeline.train.batch_size = 16
 optimization.Optimization.steps = 8
 alignment/optimization.Optimization.steps = 8
+items/optimization.Optimization.steps = 8
 trainer.train.evaluate_every = 4
 alignment/trainer.train.evaluate_every = 4
 """

@@ -27,6 +27,7 @@ pipeline.train.batch_size = 16
 optimization.Optimization.steps = 40
 optimization.Optimization.average_decay = 0.5
 alignment/optimization.Optimization.steps = 20
+items/optimization.Optimization.steps = 8
 alignment/optimization.Optimization.learning_rate = 2e-3
 trainer.train.evaluate_every = 20
 alignment/trainer.train.evaluate_every = 10

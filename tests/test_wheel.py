@@ -16,6 +16,7 @@ def test_a_wheel_carries_the_configurations_and_data_that_a_run_needs(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.startswith("tests")]
+        assert "recexplore/serving/page.html" in archive.namelist()
         archive.extractall(tmp_path / "site")
     flags = [
         "--workdir",
