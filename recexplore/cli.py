@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import recexplore
-from recexplore import pipeline
+from recexplore import checks, pipeline
 from recexplore.configuration import Configuration
 from recexplore.distributed import processes
 from recexplore.errors import InputError, Preempted, SharedError, Unfinished
@@ -133,7 +133,7 @@ def _run(arguments: Sequence[str]) -> int:
     chosen = _chosen(flags, stages)
     for stage in chosen:
         configuration.check_required(stage.selector, stage.model)
-    pipeline.check_experiment(configuration, chosen)
+    checks.check_experiment(configuration, chosen)
     work = WorkDirectory(Path(flags.workdir), stages, configuration)
     if flags.dry_run:
         for stage in chosen:
@@ -146,7 +146,7 @@ def _run(arguments: Sequence[str]) -> int:
             told = processes.initialize()
         if told:
             _check_together(chosen)
-    pipeline.check_pretrained(configuration, [s for s in chosen if work.status(s).reason])
+    checks.check_pretrained(configuration, [s for s in chosen if work.status(s).reason])
     progress = Progress(silent=not processes.is_first())
     with work.locked(others_too=processes.is_one_of_many()):
         for stage in chosen:

@@ -22,7 +22,6 @@ from recexplore.errors import InputError
 from recexplore.progress import Progress
 
 if TYPE_CHECKING:
-    from recexplore.evaluation.rounds import LivingPlatform
     from recexplore.serving.planner import Budget, Planner
     from recexplore.simulation.world import Settings
 
@@ -66,6 +65,7 @@ def closed_loop(
       InputError: no round, no day, or another platform than the log's.
     """
     from recexplore.evaluation import rounds, statistics
+    from recexplore.simulation.log import check_same
 
     for name, value in (("num_rounds", num_rounds), ("days_per_round", days_per_round)):
         if value < 1:
@@ -73,7 +73,9 @@ def closed_loop(
     living = rounds.LivingPlatform(platform, log_days)
     users = [f"u{user}" for user in range(platform.num_users)]
     arm_of = _QUARTERS[statistics.assign(users, len(_QUARTERS), f"closed loop {seed}")]
-    _check_same_log(work, living)
+    counted = artifacts.read_json(work / "interactions" / "counts.json")["interactions"]
+    lived = sum(len(day.users) for day in living.days)
+    check_same(counted, lived, "closed_loop.closed_loop")
     first = _table_planner(work, work, budget)
     planners = [_random_planner(work, budget), first, first]
     metrics: dict[str, float] = {}
@@ -105,17 +107,6 @@ def _learn(
             step(folder, progress, read_log=read_log)
         else:
             step(folder, progress, *([name] if name in _MODELS else []))
-
-
-def _check_same_log(work: Path, living: "LivingPlatform") -> None:
-    counted = artifacts.read_json(work / "interactions" / "counts.json")["interactions"]
-    lived = sum(len(day.users) for day in living.days)
-    if counted != lived:
-        raise InputError(
-            f"The log has {counted:,} interactions, but closed_loop.closed_loop.platform makes "
-            f"{lived:,} in closed_loop.closed_loop.log_days. They must be those of the log: bind "
-            "pipeline.ingest.read_log = @world.simulate_log and use the same settings."
-        )
 
 
 def _table_planner(work: Path, folder: Path, budget: "Budget") -> "Planner":

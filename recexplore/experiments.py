@@ -202,6 +202,7 @@ def experiment(
     from recexplore.evaluation.arms import make_arms
     from recexplore.explorer import load_explorer
     from recexplore.interests.cluster_table import ClusterTable
+    from recexplore.simulation.log import check_same
 
     if not 1 <= history_length <= _LONGEST_HISTORY:
         raise InputError(
@@ -225,7 +226,8 @@ def experiment(
             )
 
     here = scene(platform.num_users, 0, "the log again")
-    _check_same_log(work, here)
+    counted = artifacts.read_json(work / "interactions" / "counts.json")["interactions"]
+    check_same(counted, here.impressions, "experiments.experiment")
     truth = trial.truth_of_histories(
         scene(truth_users, _OTHERS, "truth"), history_length, settings.novel_to
     )
@@ -379,16 +381,6 @@ def _item_clusters(clusters: "ClusterTable", num_items: int) -> Int[np.ndarray, 
             "in the log's clusters. Use the settings that the log was made with."
         )
     return np.array([of_item[item] for item in item_ids(num_items)])
-
-
-def _check_same_log(work: Path, scene: "Scene") -> None:
-    counted = artifacts.read_json(work / "interactions" / "counts.json")["interactions"]
-    if counted != scene.impressions:
-        raise InputError(
-            f"The log has {counted:,} interactions, but experiments.experiment.platform makes "
-            f"{scene.impressions:,} in experiments.experiment.log_days. They must be those of the "
-            "log: bind pipeline.ingest.read_log = @world.simulate_log and use the same settings."
-        )
 
 
 def _opinions(

@@ -141,16 +141,13 @@ class Explorer:
             `launch.Ready`.
         """
         batch = self.batch(novelty, alignment, histories, banned)
-        prefix = self._vocabulary.prefix
-        padding = self._vocabulary.pad_id
-        ready = Ready(novelty, alignment, (prefix, prefix), self._trie, pad_id=padding)
+        ready = self._ready(novelty, alignment)
         ready.check(batch)
         key = jax.random.key(seed)
-        rows = self._batch_size if settings.sampler != "exhaustive" else self._rows_at_once()
         return run_in_batches(
             lambda rows: ready.launch(rows, key, settings),
             pad_columns(batch),
-            batch_size=min(rows, bucket(len(histories))),
+            batch_size=min(self._rows_of(settings), bucket(len(histories))),
             progress=progress,
         )
 
@@ -182,11 +179,8 @@ class Explorer:
         Raises:
           InputError: see `explore`.
         """
-        prefix = self._vocabulary.prefix
-        padding = self._vocabulary.pad_id
-        ready = Ready(novelty, alignment, (prefix, prefix), self._trie, pad_id=padding)
-        rows = self._batch_size if settings.sampler != "exhaustive" else self._rows_at_once()
-        key = jax.random.key(seed)
+        ready = self._ready(novelty, alignment)
+        key, rows = jax.random.key(seed), self._rows_of(settings)
         latest: list[Any] = [None, None]  # what batches begin with, and as the models have read it
 
         def prepared() -> Iterator[Grouped]:
@@ -195,7 +189,7 @@ class Explorer:
                     some = histories[start : start + rows]
                     batch = self.batch(novelty, alignment, some, [banned] * len(some))
                     ready.check(batch)
-                    yield share(batch, prefix, rows)
+                    yield share(batch, self._vocabulary.prefix, rows)
 
         def launch(grouped: Grouped) -> Exploration:
             said = [prompt.tokens.tobytes() for prompt in grouped.beginnings]
@@ -277,6 +271,14 @@ class Explorer:
         self._check_model("alignment", alignment, RewardModel)
         rows = self._prompts(alignment_prompt, histories, alignment)
         return self._in_batches(step, alignment, rows, progress)
+
+    def _ready(self, novelty: Model, alignment: Model) -> Ready:
+        prefix, padding = self._vocabulary.prefix, self._vocabulary.pad_id
+        return Ready(novelty, alignment, (prefix, prefix), self._trie, pad_id=padding)
+
+    def _rows_of(self, settings: BestOfN) -> int:
+        """Histories a call of the compiled step."""
+        return self._batch_size if settings.sampler != "exhaustive" else self._rows_at_once()
 
     def _rows_at_once(self) -> int:
         """Histories whose exhaustive trunks fit in memory together."""

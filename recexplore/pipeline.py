@@ -9,15 +9,12 @@ arguments, bound by gin. Modules are imported inside the stages, so that asking 
 that nothing is left to do costs no JAX or TensorFlow.
 """
 
-import dataclasses
-import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recexplore import artifacts, closed_loop, experiments, items
+from recexplore import artifacts, checks, closed_loop, experiments, items
 from recexplore.errors import InputError
 from recexplore.progress import Progress
 from recexplore.workdir import Stage
@@ -32,7 +29,6 @@ VOCABULARY = "vocabulary"
 EXAMPLES = "examples"
 EXPLORATION = "exploration"
 SHARDS = "exploration_shards"  # of the table in the making
-IN_LOG, PAIRS = "log", "pairs"  # which histories are explored
 EVALUATION = "evaluation"
 METRICS = "metrics.json"
 REPORT = "report.html"
@@ -50,15 +46,7 @@ def model_folder(name: str) -> str:
 
 def stages(configuration: "Configuration") -> list[Stage]:
     """The stages of a run, in order; which novelty models there are is up to the configuration."""
-    histories = configuration.value(
-        f"{tokenize.__module__}.tokenize", "novelty_histories", default={NOVELTY: 2}
-    )
-    if not isinstance(histories, dict) or NOVELTY not in histories:
-        raise InputError(
-            "pipeline.tokenize.novelty_histories must map model names to history lengths, and one "
-            f"of them must be {NOVELTY!r}; it is {histories!r}."
-        )
-    _check_histories(configuration, histories)
+    histories = checks.novelty_histories(configuration, NOVELTY, (ALIGNMENT, items.ITEMS))
     models = [*histories, ALIGNMENT]
     trained = tuple(model_folder(name) for name in models)
     recommender = model_folder(items.ITEMS)
@@ -127,7 +115,7 @@ def _experiment(configuration: "Configuration", models: Sequence[str]) -> list[S
     """The stages of an experiment, where one is configured."""
     if not configuration.value(f"{evaluate.__module__}.evaluate", "experiment", default=False):
         return []
-    tuned = _tuned(configuration, models)
+    tuned = checks.tuned_models(configuration, models)
     pair = (model_folder(NOVELTY), model_folder(ALIGNMENT))
     reads = (CLUSTERS, FEEDBACK, VOCABULARY, *pair)
     made = tuple(model_folder(name) for name in tuned)
@@ -148,34 +136,6 @@ def _loop(configuration: "Configuration") -> list[Stage]:
     return [Stage("loop", run, reads, (closed_loop.CLOSED_LOOP,), resumes=True)]
 
 
-def _tuned(configuration: "Configuration", models: Sequence[str]) -> Mapping[str, Any]:
-    """The novelty models tuned on reward, by name; `models` are those that aren't."""
-    asked = configuration.value(f"{experiments.__name__}.experiment", "tuned", default=None) or {}
-    made = configuration.value(f"{experiments.__name__}.tune", "variants", default=None) or {}
-    if not isinstance(asked, dict):
-        raise InputError(
-            f"experiments.tune.variants (TUNED) is {asked!r}. It must map names to dictionaries of "
-            "PolicyGradient's fields; {} is for no tuned model."
-        )
-    if asked != made:
-        raise InputError(
-            "experiments.experiment.tuned and experiments.tune.variants differ. Set TUNED, which "
-            "binds both."
-        )
-    for name, fields in asked.items():
-        if not re.fullmatch(r"\w+", str(name)) or not isinstance(fields, dict):
-            raise InputError(
-                f"experiments.tune.variants (TUNED) maps {name!r} to {fields!r}. It must map names "
-                "of letters, digits and _ to dictionaries of PolicyGradient's fields."
-            )
-        if name in models:
-            raise InputError(
-                f"experiments.tune.variants (TUNED) names a model {name!r}, which is taken by one "
-                "that isn't tuned. Call it something else."
-            )
-    return asked
-
-
 def roots(configuration: "Configuration", stages: Sequence[Stage]) -> list[tuple[str, str]]:
     """Where bindings may be used: the stages, and tuning where an experiment tunes nothing.
 
@@ -190,106 +150,6 @@ def roots(configuration: "Configuration", stages: Sequence[Stage]) -> list[tuple
     if any(stage.function is experiments.experiment for stage in stages):
         found.append((f"{experiments.__name__}.tune", ""))
     return found
-
-
-def check_experiment(configuration: "Configuration", stages: Sequence[Stage]) -> None:
-    """Checks an experiment's settings before there is anything that would be in vain.
-
-    Args:
-      configuration: of the run.
-      stages: that are going to run.
-
-    Raises:
-      InputError: one is out of range.
-    """
-    if any(stage.function in (experiments.tune, experiments.experiment) for stage in stages):
-        experiments.check_settings(configuration.value)
-
-
-def _check_histories(configuration: "Configuration", histories: Mapping[str, Any]) -> None:
-    """Checks that the models' names and history lengths go together."""
-
-    def value(stage: Callable[..., Any], argument: str, default: Any) -> Any:
-        return configuration.value(f"{stage.__module__}.{stage.__name__}", argument, default)
-
-    setting = "pipeline.tokenize.novelty_histories (NOVELTY_HISTORIES)"
-    for name, length in histories.items():
-        taken = items.ITEMS if name == items.ITEMS else ALIGNMENT
-        if not re.fullmatch(r"\w+", str(name)) or name == taken:
-            raise InputError(
-                f"{setting} names a model {name!r}. Names are made of letters, digits and _, and "
-                f"{taken!r} is taken."
-            )
-        if not isinstance(length, int) or length < 1:
-            raise InputError(
-                f"{setting} gives {name!r} a history of {length!r} clusters; it must be a whole "
-                "number from 1 on."
-            )
-    for argument in ("seen_excluded", "longer_histories"):
-        unknown = set(value(tokenize, argument, ())) - set(histories)
-        if unknown:
-            raise InputError(
-                f"pipeline.tokenize.{argument} names {', '.join(sorted(unknown))}, which is no "
-                f"novelty model. There is: {', '.join(histories)}."
-            )
-    history_length = value(tokenize, "history_length", 2)
-    if histories[NOVELTY] != history_length:
-        raise InputError(
-            f"{setting} gives {NOVELTY!r} a history of {histories[NOVELTY]} clusters, but the "
-            f"exploration table and the alignment model have {history_length}. Set HISTORY_LENGTH, "
-            "which binds both."
-        )
-    longest = value(aggregate, "max_history", 2)
-    longer = value(tokenize, "longer_histories", {})
-    for name, length in [*histories.items(), *longer.items()]:
-        if name in longer and not histories.get(name, length) < longer[name]:
-            raise InputError(
-                f"pipeline.tokenize.longer_histories gives {name!r} {longer[name]} clusters, but "
-                f"its history has {histories[name]} already."
-            )
-        if length > max(longest, history_length):
-            raise InputError(
-                f"{setting} gives {name!r} a history of {length} clusters, but "
-                f"pipeline.aggregate.max_history (MAX_HISTORY) keeps {longest}. Raise it."
-            )
-
-
-def check_pretrained(configuration: "Configuration", stages: Sequence[Stage]) -> None:
-    """Checks the pretrained models' folders before there is anything that would be in vain.
-
-    Args:
-      configuration: of the run.
-      stages: that are going to run.
-
-    Raises:
-      InputError: a folder lacks a file, has one that is damaged or not supported, or isn't that of
-        the network that is bound.
-    """
-
-    def bound(selector: str, argument: str, scope: str = "") -> Any:
-        for_all = configuration.value(selector, argument, None)
-        return configuration.value(selector, argument, for_all, scope)
-
-    trained = [stage for stage in stages if stage.function is train]
-    if not trained and not any(stage.function is tokenize for stage in stages):
-        return
-    vocabulary = None
-    if tokenizer := bound("recexplore.tasks.vocabulary.pretrained_vocabulary", "pretrained"):
-        from recexplore.tasks.vocabulary import check_embedding, read_pretrained
-
-        vocabulary = read_pretrained(tokenizer)
-    for stage in trained:
-        if folder := bound(stage.selector, "pretrained", stage.model):
-            from recexplore.models.config_file import check_config
-            from recexplore.models.pretrained import check_folder
-
-            config = check_folder(folder)
-            if vocabulary:
-                check_embedding(vocabulary, config.vocab_size, folder)
-            network = "recexplore.models.transformer.TransformerConfig"
-            fields = {name: bound(network, name, stage.model) for name in vars(config)}
-            said = {name: value for name, value in fields.items() if value is not None}
-            check_config(folder, dataclasses.replace(config, **said))
 
 
 def ingest(work: Path, progress: Progress, *, read_log: Callable[[], Any]) -> None:
@@ -624,7 +484,7 @@ def explore(
     settings: Any,
     batch_size: int = 64,
     shard_size: int = 16,
-    histories: str = IN_LOG,
+    histories: str = "log",
     banned: Sequence[int] = (),
     seed: int = 0,
 ) -> None:
@@ -647,13 +507,13 @@ def explore(
     from recexplore import precompute
     from recexplore.distributed import processes
     from recexplore.explorer import load_explorer
-    from recexplore.serving import versions
+    from recexplore.serving import arrow_files, versions
     from recexplore.serving.back_off import popular_clusters
     from recexplore.serving.exploration_table import ExplorationTable
 
     explorer, models = load_explorer(work, (NOVELTY, ALIGNMENT), batch_size)
-    asked, counts = _histories(work, explorer.num_clusters, histories)
-    fingerprints = _fingerprints(work, models)
+    asked, counts = precompute.histories_asked(work, explorer.num_clusters, histories)
+    fingerprints = precompute.fingerprints(work, models)
     job = precompute.plan(
         asked,
         banned=banned,
@@ -664,15 +524,15 @@ def explore(
         made_from=fingerprints,
     )
     popular = popular_clusters(*_feedback(work), explorer.num_clusters, banned)
-    fingerprints |= {"job": job.manifest.digest, "back_off": _digest(counts, *popular)}
+    fingerprints |= {"job": job.manifest.digest, "back_off": arrow_files.digest([counts, *popular])}
     shards = work / SHARDS / job.manifest.digest[:16]
-    if not _made_by_others(work, fingerprints):
+    if not precompute.made_by_others(work / EXPLORATION, fingerprints):
         precompute.compute(job, shards, explorer, (models[NOVELTY], models[ALIGNMENT]), progress)
     processes.meet()
     if not processes.is_first():
         return
     with artifacts.locked(work):  # several processes may be the last
-        if not _made_by_others(work, fingerprints):
+        if not precompute.made_by_others(work / EXPLORATION, fingerprints):
             found = precompute.collect(job, shards)
             table = ExplorationTable.build(
                 asked,
@@ -698,62 +558,6 @@ def _feedback(work: Path) -> tuple[Any, Any]:
         artifacts.read_table(folder / "transitions.parquet", artifacts.TRANSITIONS),
         artifacts.read_table(folder / "collective.parquet", artifacts.COLLECTIVE),
     )
-
-
-def _digest(*arrays: Any) -> str:
-    found = hashlib.sha256()
-    for values in arrays:
-        found.update(values.tobytes())
-    return found.hexdigest()
-
-
-def _made_by_others(work: Path, fingerprints: Mapping[str, str]) -> bool:
-    """Whether a process that has another share of this job was the last, and has made the table."""
-    from recexplore.distributed import processes
-    from recexplore.serving.exploration_table import ExplorationTable
-
-    if not processes.is_one_of_many():
-        return False
-    try:
-        table = ExplorationTable.open(work / EXPLORATION, fingerprints[CLUSTERS])
-    except InputError:
-        return False
-    return table.about.fingerprints == fingerprints
-
-
-def _histories(work: Path, num_clusters: int, asked: str) -> tuple[list[list[int]], Any]:
-    """The histories to explore, and how often users stood at each."""
-    import numpy as np
-
-    if asked not in (IN_LOG, PAIRS):
-        from recexplore.precompute import read_histories
-
-        return read_histories(asked, num_clusters)
-    table = artifacts.read_table(work / FEEDBACK / "histories.parquet", artifacts.HISTORIES)
-    histories, counts = table["history"].to_pylist(), table["count"].to_numpy()
-    if asked == IN_LOG:
-        return histories, counts
-    if histories and len(histories[0]) != 2:
-        raise InputError(
-            f"pipeline.explore.histories is {PAIRS!r}, which is for histories of 2 clusters; these "
-            f"have {len(histories[0])}, too many to write down all. Bind {IN_LOG!r}, or a file."
-        )
-    pairs = [[a, b] for a in range(num_clusters) for b in range(num_clusters) if a != b]
-    stood = dict(zip(map(tuple, histories), counts.tolist(), strict=True))
-    return pairs, np.array([stood.get(tuple(pair), 0) for pair in pairs], np.int64)
-
-
-def _fingerprints(work: Path, models: Mapping[str, Any]) -> dict[str, str]:
-    """Of all that an exploration table is made from."""
-    from recexplore.interests.cluster_table import ClusterTable
-    from recexplore.models import saved
-    from recexplore.tasks.vocabulary import Vocabulary
-
-    return {
-        CLUSTERS: ClusterTable.read(work / CLUSTERS).fingerprint,
-        VOCABULARY: Vocabulary(work / VOCABULARY).fingerprint,
-        **{name: saved.fingerprint(model.network, model.params) for name, model in models.items()},
-    }
 
 
 def evaluate(
@@ -799,7 +603,7 @@ def evaluate(
     from recexplore.interests.cluster_table import ClusterTable
     from recexplore.serving.exploration_table import ExplorationTable
 
-    _check_evaluation(settings, off_policy_users=off_policy_users, item_users=item_users)
+    checks.check_evaluation(settings, off_policy_users=off_policy_users, item_users=item_users)
     explorer, models = load_explorer(work, [*novelty_histories, ALIGNMENT], batch_size)
     size = explorer.num_clusters
     clusters = ClusterTable.read(work / CLUSTERS)
@@ -912,24 +716,6 @@ def _logged_impressions(work: Path, progress: Progress, clusters: Any, **options
     except InputError as error:  # all else can be evaluated
         progress.say(f"  no off-policy values: {error}")
         return None
-
-
-def _check_evaluation(settings: Any, **users: int | None) -> None:
-    for name, count in users.items():
-        if count is not None and count < 1:
-            raise InputError(
-                f"pipeline.evaluate.{name} is {count}; it must be at least 1, or None for all."
-            )
-    if settings.num_chosen < 10:
-        raise InputError(
-            f"evaluate/selection.BestOfN.num_chosen is {settings.num_chosen}; recall@10 needs 10."
-        )
-    if settings.sampler == "exhaustive":
-        raise InputError(
-            "evaluate/selection.BestOfN.sampler is 'exhaustive'; evaluation looks at how quality "
-            "grows with n, so it needs draws: bind 'independent' or 'distinct' for evaluate. The "
-            "models over all clusters are evaluated anyway."
-        )
 
 
 def report(

@@ -6,7 +6,6 @@ divide the work without a word between them: shard s belongs to process s mod N.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 import recexplore
+from recexplore import artifacts
 from recexplore.distributed import processes
 from recexplore.errors import InputError, Preempted, Unfinished
 from recexplore.explorer import Explorer
@@ -27,9 +27,16 @@ from recexplore.inference.best_of_n import BestOfN, Exploration
 from recexplore.inference.bulk import Times
 from recexplore.inference.grouping import deal
 from recexplore.inference.launch import Model
+from recexplore.interests.cluster_table import ClusterTable
+from recexplore.models import saved
 from recexplore.progress import Progress, Update
+from recexplore.serving import arrow_files
 from recexplore.serving.exploration import Answers
+from recexplore.serving.exploration_table import ExplorationTable
 from recexplore.serving.shards import MANIFEST, Manifest, Shard, Shards
+from recexplore.tasks.vocabulary import Vocabulary
+
+_IN_LOG, _PAIRS = "log", "pairs"
 
 
 class Job(NamedTuple):
@@ -98,9 +105,14 @@ def plan(
         "jaxlib": importlib.metadata.version("jaxlib"),
         "device": jax.local_devices()[0].device_kind,
     }
-    digest = hashlib.sha256(f"{rows.shape}".encode() + rows.tobytes()).hexdigest()
     manifest = Manifest(
-        dict(made_from), said, digest, len(rows), len(shards), length, settings.num_chosen
+        dict(made_from),
+        said,
+        arrow_files.digest([rows]),
+        len(rows),
+        len(shards),
+        length,
+        settings.num_chosen,
     )
     return Job(rows, shards, manifest, banned, settings, seed)
 
@@ -184,6 +196,66 @@ def _others(shards: Shards, folder: Path) -> str:
         if other != folder and (other / MANIFEST).exists()
     ]
     return "".join(said)
+
+
+def fingerprints(work: Path, models: Mapping[str, Model]) -> dict[str, str]:
+    """Of all that an exploration table is made from.
+
+    Args:
+      work: the work directory.
+      models: by name.
+    """
+    return {
+        "clusters": ClusterTable.read(work / "clusters").fingerprint,
+        "vocabulary": Vocabulary(work / "vocabulary").fingerprint,
+        **{name: saved.fingerprint(model.network, model.params) for name, model in models.items()},
+    }
+
+
+def made_by_others(folder: Path, made_from: Mapping[str, str]) -> bool:
+    """Whether a process that has another share of a job was the last, and has made the table.
+
+    Args:
+      folder: of tables.
+      made_from: the fingerprints that the job's table has.
+    """
+    if not processes.is_one_of_many():
+        return False
+    try:
+        table = ExplorationTable.open(folder, made_from["clusters"])
+    except InputError:
+        return False
+    return table.about.fingerprints == made_from
+
+
+def histories_asked(
+    work: Path, num_clusters: int, asked: str
+) -> tuple[list[list[int]], Int[np.ndarray, "R"]]:
+    """The histories to explore, and how often users stood at each.
+
+    Args:
+      work: the work directory.
+      num_clusters: M.
+      asked: "log", "pairs", or the path of a file; see `pipeline.explore`.
+
+    Raises:
+      InputError: all pairs, where a history isn't one; see also `read_histories`.
+    """
+    if asked not in (_IN_LOG, _PAIRS):
+        return read_histories(asked, num_clusters)
+    table = artifacts.read_table(work / "feedback" / "histories.parquet", artifacts.HISTORIES)
+    histories, counts = table["history"].to_pylist(), table["count"].to_numpy()
+    if asked == _IN_LOG:
+        return histories, counts
+    if histories and len(histories[0]) != 2:
+        raise InputError(
+            f"pipeline.explore.histories is {_PAIRS!r}, which is for histories of 2 clusters; "
+            f"these have {len(histories[0])}, too many to write down all. Bind {_IN_LOG!r}, or a "
+            "file."
+        )
+    pairs = [[a, b] for a in range(num_clusters) for b in range(num_clusters) if a != b]
+    stood = dict(zip(map(tuple, histories), counts.tolist(), strict=True))
+    return pairs, np.array([stood.get(tuple(pair), 0) for pair in pairs], np.int64)
 
 
 def read_histories(path: str, num_clusters: int) -> tuple[list[list[int]], Int[np.ndarray, "R"]]:

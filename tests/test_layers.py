@@ -27,12 +27,8 @@ ROOMS = {
     "evaluation": {"errors", "artifacts", "interests", "serving", "simulation", "feedback"},
     "planning": {"interests", "items", "serving"},
     "precompute": {
-        "errors",
-        "progress",
-        "distributed",
-        "explorer",
-        "inference",
-        "serving",
+        *("errors", "artifacts", "progress", "interests", "tasks", "models"),
+        *("distributed", "explorer", "inference", "serving"),
     },
     "held_out": {"errors", "progress", "evaluation", "explorer", "feedback", "inference"},
     "items": {
@@ -43,10 +39,11 @@ ROOMS = {
     "workdir": {"errors", "artifacts", "configuration", "distributed", "progress"},
 }
 STAGES = {*ROOMS, "experiments", "closed_loop"}
-EVERYTHING = {*STAGES, "pipeline", "cli"}
+EVERYTHING = {*STAGES, "checks", "pipeline", "cli"}
 ROOMS |= {
     "experiments": STAGES,
     "closed_loop": STAGES,
+    "checks": STAGES,
     "pipeline": EVERYTHING - {"cli"},
     "cli": EVERYTHING,
 }

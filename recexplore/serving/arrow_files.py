@@ -4,7 +4,8 @@ IPC files, uncompressed and in one batch: opening one maps it into memory, and t
 the same bytes.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,12 @@ def _values(column: pa.Array) -> np.ndarray:
     kind = _KINDS[flat.type]
     values = np.frombuffer(flat.buffers()[1], kind, len(flat)) if len(flat) else np.zeros(0, kind)
     return values.reshape(-1, column.type.list_size) if listed else values
+
+
+def digest(arrays: Iterable[np.ndarray], begins: bytes = b"") -> str:
+    """SHA-256 of arrays: their types, shapes and values, after some bytes that go before them."""
+    found = hashlib.sha256(begins)
+    for values in arrays:
+        found.update(f" {values.dtype.str} {values.shape} ".encode())
+        found.update(np.ascontiguousarray(values).data if values.size else b"")
+    return found.hexdigest()

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from recexplore import artifacts
 from recexplore.errors import InputError
+from recexplore.inference.launch import bucket
 from recexplore.models import saved
 from recexplore.models.sequential_recommender import SequentialRecommender
 
@@ -169,11 +170,11 @@ class ItemRecommender:
             shape = (*clusters.shape, count)
             return Ranked(np.full(shape, -1), np.full(shape, -np.inf, np.float32))
         sizes = np.where(clusters < 0, 0, np.diff(self._offsets)[clusters])
-        width = _bucket(int(sizes.max()))
-        columns = _bucket(clusters.shape[1])
+        width = bucket(int(sizes.max()))
+        columns = bucket(clusters.shape[1])
         per_row = columns * width * self._network.config.model_dim
         rows = min(
-            _bucket(len(sequences)), 1 << max(_NUMBERS_AT_ONCE // per_row, 1).bit_length() - 1
+            bucket(len(sequences)), 1 << max(_NUMBERS_AT_ONCE // per_row, 1).bit_length() - 1
         )
         parts = []
         for start in range(0, len(sequences), rows):
@@ -186,7 +187,7 @@ class ItemRecommender:
                 jax.device_put(asked),
                 network=self._network,
                 width=width,
-                count=min(_bucket(count), width),
+                count=min(bucket(count), width),
             )
             parts.append(jax.device_get(found))
         return self._gather(parts, clusters.shape, count)
@@ -194,10 +195,10 @@ class ItemRecommender:
     def _ask(self, sequences, clusters, sizes, excluded, rows: int) -> _Asked:
         users, columns = clusters.shape
         last = [sequence[-self._network.max_items :] for sequence in sequences]
-        length = min(_bucket(max(map(len, last))), self._network.max_items)
+        length = min(bucket(max(map(len, last))), self._network.max_items)
         items = np.full((rows, length), -1, np.int32)
         lengths = np.zeros(rows, np.int32)
-        begins, there = (np.zeros((rows, _bucket(columns)), np.int32) for _ in range(2))
+        begins, there = (np.zeros((rows, bucket(columns)), np.int32) for _ in range(2))
         begins[:users, :columns] = np.where(clusters < 0, 0, self._offsets[clusters])
         there[:users, :columns] = sizes
         left_out = []
@@ -207,7 +208,7 @@ class ItemRecommender:
             named = np.array([*sequence, *others], np.int64)
             asked = np.isin(self._clusters[named], clusters[row])  # most others lie elsewhere
             left_out.append(np.sort(self._places[named[asked]]))
-        longest = _bucket(max(map(len, left_out)))
+        longest = bucket(max(map(len, left_out)))
         padded = np.full((rows, longest), _NOT_THERE, np.int32)
         for row, places in enumerate(left_out):
             padded[row, : len(places)] = places
@@ -274,8 +275,3 @@ def _rank_step(
     scores = jnp.where((column < asked.sizes[..., None]) & ~met, scores, -jnp.inf)
     best, at = jax.lax.top_k(scores, count)
     return asked.begins[..., None] + at, best
-
-
-def _bucket(size: int) -> int:
-    """The power of two that a size is padded to, so that a handful of programs serves all."""
-    return 1 << max(size - 1, 0).bit_length()

@@ -111,7 +111,7 @@ class Shards:
           FileNotFoundError: the folder is gone: another process has made the table of it.
         """
         columns = [*shard.answers, shard.num_distinct, shard.num_allowed]
-        schema = shard_schema(self._manifest).with_metadata({_CHECKED: _digest(columns)})
+        schema = shard_schema(self._manifest).with_metadata({_CHECKED: arrow_files.digest(columns)})
         temporary = self._folder / f".{uuid.uuid4().hex}.tmp"
         try:
             arrow_files.write(temporary, columns, schema)
@@ -129,7 +129,7 @@ class Shards:
         remedy = "`recexplore explore` computes it again, and keeps the others."
         columns = arrow_files.read(path, shard_schema(self._manifest), MANIFEST, remedy)
         written = pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}
-        if written.get(_CHECKED.encode(), b"").decode() != _digest(columns):
+        if written.get(_CHECKED.encode(), b"").decode() != arrow_files.digest(columns):
             raise InputError(f"{path} isn't what was written: its digest differs. {remedy}")
         return Shard(Answers(*columns[:-2]), columns[-2], columns[-1])
 
@@ -172,14 +172,6 @@ def shard_schema(manifest: Manifest) -> pa.Schema:
             arrow_files.number("num_allowed", pa.int32()),
         ]
     )
-
-
-def _digest(columns: list[np.ndarray]) -> str:
-    found = hashlib.sha256()
-    for values in columns:
-        found.update(f" {values.dtype.str} {values.shape} ".encode())
-        found.update(np.ascontiguousarray(values).data if values.size else b"")
-    return found.hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

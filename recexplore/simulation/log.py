@@ -6,6 +6,7 @@ import ibis
 import numpy as np
 import pyarrow as pa
 
+from recexplore.errors import InputError
 from recexplore.interactions.schema import InteractionLog
 from recexplore.simulation.platform import POLICIES, Day
 from recexplore.simulation.world import World
@@ -30,6 +31,25 @@ def as_log(world: World, days: Sequence[Day], *, seed: int) -> InteractionLog:
         ibis.memtable(_items(world, np.random.default_rng([seed, 3]))),
         source="the simulated platform",
     )
+
+
+def check_same(counted: int, lived: int, stage: str) -> None:
+    """Checks that a platform which lives its days again is the one that a log is of.
+
+    Args:
+      counted: interactions of the log.
+      lived: impressions of the platform.
+      stage: that is to use both; its arguments `platform` and `log_days` say which platform it is.
+
+    Raises:
+      InputError: the numbers differ.
+    """
+    if counted != lived:
+        raise InputError(
+            f"The log has {counted:,} interactions, but {stage}.platform makes {lived:,} in "
+            f"{stage}.log_days. They must be those of the log: bind pipeline.ingest.read_log = "
+            "@world.simulate_log and use the same settings."
+        )
 
 
 def _interactions(day: Day, users: pa.Array, items: pa.Array) -> pa.Table:
