@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,13 @@ def write_json(path: Path | str, value: Any) -> None:
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with new_file(path) as temporary:
         temporary.write_text(text)
+
+
+def write_lines(path: Path | str, values: Iterable[Any]) -> None:
+    """Writes a line of JSON for every value, atomically."""
+    with new_file(path) as temporary, open(temporary, "w") as file:
+        for value in values:
+            file.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:

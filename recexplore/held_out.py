@@ -1,6 +1,6 @@
 """What models and baselines make of the held-out period: the parts of the stage `evaluate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from recexplore.evaluation.offline import SUFFIXES
 from recexplore.evaluation.scoreboard import Scoreboard
 from recexplore.explorer import Explorer, History
 from recexplore.feedback.collective import target_mean
+from recexplore.inference.best_of_n import Exploration
 from recexplore.inference.launch import Model
 from recexplore.progress import Progress
+from recexplore.tasks.prompts import novelty_prompt
 
 _RANDOM_ORDER = 7  # what chance is for
 _VALUED_COUNTS = (5, 20)  # n of best of n that are valued on logged propensities
@@ -121,7 +123,7 @@ def add_best_of_n(
     settings: Any,
     proposal_counts: Sequence[int],
     seed: int,
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], Exploration]:
     """Adds what proposes and chooses: best of n, and of the first few of the same n draws.
 
     Args:
@@ -137,12 +139,12 @@ def add_best_of_n(
       seed: of the proposals.
 
     Returns:
-      See `offline.scaling`.
+      See `offline.scaling`; and what best of n answers, the histories alone left out.
     """
     excluded = offline.exclusions(rows)
     histories = [history[-history_length:] for history in rows.histories]
     counts = tuple(n for n in proposal_counts if n <= settings.num_samples)
-    scaling = {}
+    answers = {}
     for place, kind in enumerate(SUFFIXES):
         with progress.bar("evaluate best of n") as update:
             found = explorer.explore(
@@ -153,18 +155,48 @@ def add_best_of_n(
                 seed,
                 update,
             )
-        draws = found.draws.clusters
+        draws, answers[kind] = found.draws.clusters, found
         board.add_lists(kind, "best_of_n", found.clusters)
         likeliest = offline.choose(draws, found.draws.log_probabilities, settings.num_chosen)
         board.add_lists(kind, "novelty_sampled", likeliest)
         for n in counts:
             chosen = offline.choose(draws[:, :n], found.draw_scores[:, :n], settings.num_chosen)
             board.add_lists(kind, f"best_of_{n}", chosen)
-        if kind == "history":
-            scaling = offline.scaling(
-                draws, found.draw_scores, rows.targets, counts, settings.num_chosen
-            )
-    return scaling
+    found = answers["history"]
+    scaling = offline.scaling(
+        found.draws.clusters, found.draw_scores, rows.targets, counts, settings.num_chosen
+    )
+    return scaling, found
+
+
+def inferences(
+    rows: Rows, found: Exploration, descriptions: Sequence[str], history_length: int, count: int
+) -> Iterator[dict[str, Any]]:
+    """The first answers of best of n in words, as T5X's and SeqIO's inference files have them.
+
+    Args:
+      rows: the held-out transitions.
+      found: what best of n answers to them.
+      descriptions: of all clusters.
+      history_length: K.
+      count: answers, at most.
+    """
+    for row in range(min(count, len(rows.histories))):
+        history = [descriptions[cluster] for cluster in rows.histories[row][-history_length:]]
+        filled = found.clusters[row] >= 0
+        named = [descriptions[cluster] for cluster in found.clusters[row][filled]]
+        yield {
+            "inputs": {
+                "inputs_pretokenized": novelty_prompt(history),
+                "targets_pretokenized": descriptions[rows.targets[row]],
+            },
+            "prediction": named[0] if named else "",
+            "aux": {
+                "predictions": named,
+                "scores": found.scores[row][filled].tolist(),
+                "log_probabilities": found.log_probabilities[row][filled].tolist(),
+            },
+        }
 
 
 def off_policy_metrics(

@@ -571,6 +571,7 @@ def evaluate(
     relevance_weight: float = 1.0,
     off_policy_users: int | None = 2000,
     item_users: int | None = 2000,
+    inference_rows: int = 1000,
     batch_size: int = 64,
     experiment: bool = False,
     loop: bool = False,
@@ -590,6 +591,7 @@ def evaluate(
       off_policy_users: whose impressions tell what policies would be worth, where propensities are
         logged; a sample of that many, or None for all users.
       item_users: whose next items tell how good the item recommender is, likewise.
+      inference_rows: answers to held-out histories that are written down in words, at most.
       batch_size: histories a call of a compiled step.
       experiment: the run has an experiment, whose figures go into metrics.json as well.
       loop: the run closes the loop, likewise.
@@ -633,7 +635,7 @@ def evaluate(
         explores=NOVELTY,
         relevance_weight=relevance_weight,
     )
-    scaling = held_out.add_best_of_n(
+    scaling, answers = held_out.add_best_of_n(
         board,
         explorer,
         (models[NOVELTY], models[ALIGNMENT]),
@@ -675,6 +677,10 @@ def evaluate(
     with artifacts.new_folder(work / EVALUATION) as folder:
         artifacts.write_json(folder / "scaling.json", {**scaling, "k": settings.num_chosen})
         artifacts.write_json(folder / "calibration.json", bins.tolist())
+        said = held_out.inferences(
+            rows, answers, clusters.descriptions, history_length, inference_rows
+        )
+        artifacts.write_lines(folder / "inference_eval" / "best_of_n.jsonl", said)
     artifacts.write_json(work / METRICS, metrics)
     for name in (*novelty_histories, "best_of_n", "popularity", "markov", "pair_markov", "ease"):
         progress.say(

@@ -167,6 +167,13 @@ def test_the_whole_job_ends_in_metrics_and_a_report(tiny_run):
     assert metrics["explore/distinct_clusters"] > 1
     assert {"alignment/pairwise_accuracy", "target_mean/pairwise_accuracy"} <= set(metrics)
     assert "<svg" in (folder / "W" / "report.html").read_text()
+    assert (
+        "Total number of parameters"
+        in (folder / "W" / "models" / "novelty" / "model-info.txt").read_text()
+    )
+    answers = (folder / "W" / "evaluation" / "inference_eval" / "best_of_n.jsonl").read_text()
+    first = json.loads(answers.splitlines()[0])
+    assert first["inputs"]["inputs_pretokenized"].startswith("interests: ") and first["prediction"]
     for artefact in ("interactions", "clusters", "feedback", "models/novelty", "exploration"):
         assert (folder / "W" / artefact / "config.gin").exists()
     clusters = ClusterTable.read(folder / "W" / "clusters")

@@ -12,6 +12,7 @@ from recexplore.evaluation.arms import Asked
 from recexplore.evaluation.baselines import Rows
 from recexplore.evaluation.offline import SUFFIXES
 from recexplore.explorer import Explorer
+from recexplore.inference.best_of_n import Exploration
 from recexplore.inference.launch import Model
 from recexplore.inference.selection import BestOfN
 from recexplore.progress import Progress
@@ -60,11 +61,10 @@ class Tables(Explorer):
         ])  # fmt: skip
         last = np.array([history[-1] for history in histories])[:, None]
         scores = self.logits[last, clusters]
-        return SimpleNamespace(
-            clusters=offline.choose(clusters, scores, settings.num_chosen),
-            draws=SimpleNamespace(clusters=clusters, log_probabilities=self.log_p[last, clusters]),
-            draw_scores=scores,
-        )
+        chosen = offline.choose(clusters, scores, settings.num_chosen)
+        own = [np.where(chosen < 0, -np.inf, t[last, chosen]) for t in (self.logits, self.log_p)]
+        draws = SimpleNamespace(clusters=clusters, log_probabilities=self.log_p[last, clusters])
+        return Exploration(chosen, *own, (chosen >= 0) * 1.0, draws, scores, None, None)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_models_rank_by_likelihood_by_score_and_by_both(board, progress):
 def test_best_of_few_are_the_first_of_the_same_draws(board, progress):
     explorer = Tables()
     settings = BestOfN(num_samples=20, num_chosen=10)
-    scaling = held_out.add_best_of_n(
+    scaling, found = held_out.add_best_of_n(
         board,
         explorer,
         (MODEL, MODEL),
@@ -148,6 +148,26 @@ def test_best_of_few_are_the_first_of_the_same_draws(board, progress):
     assert found["best_of_1/recall@10"] == pytest.approx((first == ROWS.targets).mean())
     assert found["best_of_1/coverage@10"] == pytest.approx(len(set(first)) / M)
     assert "best_of_50/recall@10" not in found
+
+
+def test_the_first_answers_are_written_in_words(progress):
+    explorer = Tables()
+    settings = BestOfN(num_samples=10, num_chosen=10)
+    found = explorer.explore(MODEL, MODEL, ROWS.histories, [[]] * 50, settings, 4, None)
+    words = [f"cluster {cluster}" for cluster in range(M)]
+    said = list(held_out.inferences(ROWS, found, words, 1, count=7))
+    assert len(said) == 7 and len(list(held_out.inferences(ROWS, found, words, 1, 60))) == 50
+    for row, line in enumerate(said):
+        last = ROWS.histories[row][-1]
+        assert line["inputs"] == {
+            "inputs_pretokenized": f"interests: cluster {last}; next:",
+            "targets_pretokenized": words[ROWS.targets[row]],
+        }
+        chosen = [words.index(text) for text in line["aux"]["predictions"]]
+        assert 0 < len(chosen) <= 10 and line["prediction"] == words[chosen[0]]
+        assert set(chosen) == set(found.draws.clusters[row])
+        assert line["aux"]["scores"] == pytest.approx(sorted(explorer.logits[last, chosen])[::-1])
+        assert line["aux"]["log_probabilities"] == pytest.approx(explorer.log_p[last, chosen])
 
 
 def test_every_policy_is_valued_by_its_models_and_what_training_says_of_clusters(progress):

@@ -30,7 +30,9 @@ ROOMS = {
         *("errors", "artifacts", "progress", "interests", "tasks", "models"),
         *("distributed", "explorer", "inference", "serving"),
     },
-    "held_out": {"errors", "progress", "evaluation", "explorer", "feedback", "inference"},
+    "held_out": {
+        *("errors", "progress", "tasks", "evaluation", "explorer", "feedback", "inference"),
+    },
     "items": {
         *("errors", "artifacts", "progress", "interests", "feedback", "tasks"),
         *("distributed", "models", "serving", "evaluation"),

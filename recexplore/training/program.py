@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,18 @@ from recexplore.training.optimization import Optimization
 from recexplore.training.train_step import State, evaluation_step, train_step
 
 Objective = Callable[..., Sums]
+
+
+class Variables(NamedTuple):
+    """Of a training run.
+
+    Attributes:
+      state: what training changes.
+      frozen: variables that it doesn't.
+    """
+
+    state: State
+    frozen: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +76,24 @@ class Program:
         return partitioning.batch_sharding(self.mesh)
 
     @functools.cached_property
-    def _boxed(self) -> tuple[State, Any]:
-        """State and frozen variables as shapes, boxed with their logical axes."""
+    def boxed(self) -> Variables:
+        """The shapes of all variables, boxed with their logical axes."""
         return jax.eval_shape(lambda: self._fresh(jax.random.key(0)))
 
     @functools.cached_property
     def state(self) -> State:
         """Shapes, dtypes and shardings of the state."""
-        return partitioning.placed(nn.unbox(self._boxed[0]), self.state_shardings)
+        return partitioning.placed(nn.unbox(self.boxed.state), self.state_shardings)
 
     @functools.cached_property
     def frozen(self) -> Any:
         """Shapes, dtypes and shardings of the variables that aren't trained."""
-        return partitioning.placed(nn.unbox(self._boxed[1]), self.frozen_shardings)
+        return partitioning.placed(nn.unbox(self.boxed.frozen), self.frozen_shardings)
 
     @functools.cached_property
     def state_shardings(self) -> State:
         """Where the state goes."""
-        boxed = self._boxed[0]
+        boxed = self.boxed.state
         found = partitioning.shardings_of(boxed, self.mesh, self.rules)
         shapes = nn.unbox(boxed)
         optimizer = partitioning.replicate_misfits(shapes.optimizer, found.optimizer)
@@ -90,7 +102,7 @@ class Program:
     @functools.cached_property
     def frozen_shardings(self) -> Any:
         """Where the frozen variables go."""
-        return partitioning.shardings_of(self._boxed[1], self.mesh, self.rules)
+        return partitioning.shardings_of(self.boxed.frozen, self.mesh, self.rules)
 
     def initialize(self, seed: int, folder: Path | None = None) -> State:
         """A fresh state, every device making its own part.
@@ -101,7 +113,7 @@ class Program:
         """
         if folder is None or self.frozen:
             fresh = jax.jit(
-                lambda: nn.unbox(self._fresh(jax.random.key(seed))[0]),
+                lambda: nn.unbox(self._fresh(jax.random.key(seed)).state),
                 out_shardings=self.state_shardings,
             )
             return fresh()
@@ -142,9 +154,9 @@ class Program:
         read = pretrained.load(folder, self.model.config, {"params": places})["params"]
         return {"params": {"transformer": read} if nested else read}
 
-    def _fresh(self, key: Key[Array, ""]) -> tuple[State, Any]:
+    def _fresh(self, key: Key[Array, ""]) -> Variables:
         trained, frozen = split(fresh_variables(self.model, key), self.model.config)
-        return self._state_of(key, trained), frozen
+        return Variables(self._state_of(key, trained), frozen)
 
     def _state_of(self, key: Key[Array, ""], params: Any) -> State:
         average = None

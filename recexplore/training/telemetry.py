@@ -63,27 +63,31 @@ def _parse(line: str) -> dict | None:
 
 
 class Meter:
-    """How fast training goes, over the steps since it was last read.
+    """How fast training goes, over the steps since it was last read, in T5X's names.
 
     Args:
       flops_per_step: operations that a step needs.
       peak_flops: operations a second of all devices together, at best.
+      devices: how many they are.
       times: by how much a whole batch is more than the rows that are counted here.
     """
 
-    def __init__(self, flops_per_step: int, peak_flops: float, times: float = 1.0):
+    def __init__(
+        self, flops_per_step: int, peak_flops: float, devices: int = 1, times: float = 1.0
+    ):
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
-        self._times = times
+        self._devices, self._times = devices, times
         self.restart()
 
     def restart(self) -> None:
         """Forgets what was; call it after anything that isn't a step."""
         self._began = time.perf_counter()
-        self._waited, self._steps, self._tokens, self._slots = 0.0, 0, 0, 0
+        self._waited, self._steps, self._rows, self._tokens, self._slots = 0.0, 0, 0, 0, 0
 
     def count(self, batch: dict[str, np.ndarray], waited: float) -> None:
         """Counts a step over a batch for which training waited so many seconds."""
         self._steps += 1
+        self._rows += len(batch["lengths"])
         self._tokens += int(batch["lengths"].sum())
         self._slots += batch["tokens"].size
         if "other_tokens" in batch:
@@ -98,12 +102,16 @@ class Meter:
             return {}
         seconds = max(time.perf_counter() - self._began, 1e-9)
         rate = self._flops_per_step * self._steps / seconds
+        tokens = self._tokens * self._times / seconds
         figures = {
-            "seconds_per_step": seconds / self._steps,
-            "tokens_per_second": self._tokens * self._times / seconds,
-            "model_flops_utilization": rate / self._peak_flops,
+            "timing/seconds": seconds,
+            "timing/steps_per_second": self._steps / seconds,
+            "timing/seqs_per_second": self._rows * self._times / seconds,
+            "timing/target_tokens_per_second": tokens,
+            "timing/target_tokens_per_second_per_core": tokens / self._devices,
+            "timing/model_flops_utilization": rate / self._peak_flops,
+            "timing/data_wait_fraction": self._waited / seconds,
             "padding_fraction": 1 - self._tokens / max(self._slots, 1),
-            "data_wait_fraction": self._waited / seconds,
         }
         self.restart()
         return figures

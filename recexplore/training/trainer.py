@@ -19,6 +19,7 @@ from recexplore.distributed.devices import peak_flops
 from recexplore.distributed.processes import PreemptionNotice
 from recexplore.errors import InputError, Preempted, SharedError
 from recexplore.models.saved import CHECKPOINTS
+from recexplore.training import model_info
 from recexplore.training.optimization import Optimization
 from recexplore.training.program import Objective, Program
 from recexplore.training.telemetry import Curves, Meter, Profile
@@ -88,7 +89,7 @@ def train(
     """Trains a model, or goes on where an interrupted run in the same folder stopped.
 
     Args:
-      folder: gets checkpoints/, metrics.jsonl and TensorBoard events.
+      folder: gets checkpoints/, metrics.jsonl, TensorBoard events and model-info.txt.
       model: the network.
       objective: one of recexplore.training.objectives.
       constants: what the objective needs besides model and batch, the same in every step: the trie
@@ -138,6 +139,8 @@ def train(
     constants = jax.device_put(constants, program.everywhere)
     frozen = program.read_frozen(pretrained)
     steps = optimization.steps
+    if jax.process_index() == 0:
+        model_info.write(folder, program)
 
     def put(batch: Batch) -> dict[str, jax.Array]:
         return partitioning.put_batch(batch, data.batch_size, mesh)
@@ -206,7 +209,7 @@ def _make_meter(program: Program, batch: Batch, batch_size: int, constants: Any)
     }
     devices = list(program.mesh.devices.flat)
     times = batch_size / len(batch["tokens"])
-    return Meter(program.flops(whole, constants), peak_flops(devices), times)
+    return Meter(program.flops(whole, constants), peak_flops(devices), len(devices), times)
 
 
 def _validate(program: Program, state: State, frozen, batches, constants: Any) -> dict[str, float]:

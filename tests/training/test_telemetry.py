@@ -37,17 +37,20 @@ def batch(lengths, width, **more):
 
 
 def test_speed_is_what_was_counted_over_the_time_it_took(clock):
-    meter = Meter(flops_per_step=600, peak_flops=1000.0, times=2.0)
+    meter = Meter(flops_per_step=600, peak_flops=1000.0, devices=8, times=2.0)
     clock.now += 1.0
     meter.count(batch([3, 5], 8), waited=0.25)
     clock.now += 3.0
     meter.count(batch([8, 0], 8), waited=0.75)
     assert meter.read() == {
-        "seconds_per_step": 4.0 / 2,
-        "tokens_per_second": 2 * (3 + 5 + 8) / 4.0,
-        "model_flops_utilization": 2 * 600 / 4.0 / 1000,
+        "timing/seconds": 4.0,
+        "timing/steps_per_second": 2 / 4.0,
+        "timing/seqs_per_second": 2 * (2 + 2) / 4.0,
+        "timing/target_tokens_per_second": 2 * (3 + 5 + 8) / 4.0,
+        "timing/target_tokens_per_second_per_core": 2 * (3 + 5 + 8) / 4.0 / 8,
+        "timing/model_flops_utilization": 2 * 600 / 4.0 / 1000,
+        "timing/data_wait_fraction": (0.25 + 0.75) / 4.0,
         "padding_fraction": 1 - (3 + 5 + 8) / (4 * 8),
-        "data_wait_fraction": (0.25 + 0.75) / 4.0,
     }
 
 
@@ -61,9 +64,9 @@ def test_reading_starts_over_and_so_does_what_is_no_step(clock):
     clock.now += 2.0
     meter.count(batch([4], 8), waited=1.0)
     found = meter.read()
-    assert found["seconds_per_step"] == 2.0
+    assert found["timing/steps_per_second"] == 0.5
     assert found["padding_fraction"] == 0.5
-    assert found["data_wait_fraction"] == 0.5
+    assert found["timing/data_wait_fraction"] == 0.5
 
 
 def test_no_steps_have_no_speed(clock):
@@ -73,7 +76,7 @@ def test_no_steps_have_no_speed(clock):
     assert meter.read() == {}
     meter.count(batch([4], 8), waited=0.0)
     clock.now += 2.0
-    assert meter.read()["seconds_per_step"] == 2.0
+    assert meter.read()["timing/steps_per_second"] == 0.5
 
 
 def test_pairs_and_packed_rows_count_all_their_tokens(clock):
@@ -82,7 +85,7 @@ def test_pairs_and_packed_rows_count_all_their_tokens(clock):
     meter.count(batch([3, 5], 8, **pairs), waited=0.0)
     clock.now += 1.0
     found = meter.read()
-    assert found["tokens_per_second"] == 12
+    assert found["timing/target_tokens_per_second"] == 12
     assert found["padding_fraction"] == 1 - 12 / 32
     packed = {"tokens": np.zeros((2, 16)), "lengths": np.array([[5, 4, 3], [16, 0, 0]])}
     meter.count(packed, waited=0.0)

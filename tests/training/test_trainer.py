@@ -335,19 +335,19 @@ def test_the_best_checkpoint_is_the_one_with_least_of_what_it_is_chosen_by(tmp_p
 
 def test_a_run_tells_how_fast_it_is(tmp_path):
     run(tmp_path, steps=20, log_every=10)
-    names = ("tokens_per_second", "model_flops_utilization", "padding_fraction")
-    names += ("data_wait_fraction", "accuracy", "gradient_norm")
+    rates = ("steps_per_second", "seqs_per_second", "target_tokens_per_second")
+    names = [f"timing/{name}" for name in ("seconds", *rates, "target_tokens_per_second_per_core")]
+    names += ["timing/model_flops_utilization", "timing/data_wait_fraction", "padding_fraction"]
     found = curve(tmp_path, names)
+    assert {name for _, name in found} == set(names)
     assert found[(20, "padding_fraction")] == 0
-    assert found[(20, "tokens_per_second")] > 0
-    assert 0 < found[(20, "model_flops_utilization")] < 1
-    assert 0 < found[(20, "data_wait_fraction")] < 1
-    assert {name for _, name in found} == {
-        *names,
-        "data_wait_fraction",
-        "accuracy",
-        "gradient_norm",
-    }
+    steps, rows, tokens = (found[(20, f"timing/{name}")] for name in rates)
+    assert steps * found[(20, "timing/seconds")] == pytest.approx(10)
+    assert rows == pytest.approx(steps * Copying.batch_size) and tokens > rows
+    own = found[(20, "timing/target_tokens_per_second_per_core")]
+    assert own == pytest.approx(tokens / jax.device_count())
+    assert 0 < found[(20, "timing/model_flops_utilization")] < 1
+    assert 0 < found[(20, "timing/data_wait_fraction")] < 1
 
 
 def test_a_profile_of_chosen_steps_is_written(tmp_path):
