@@ -37,10 +37,15 @@ trainer.train.evaluate_every = 10
 trainer.train.log_every = 5
 """
 
+TWO_DEVICES = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "recexplore.cli", *arguments], capture_output=True, text=True
+        [sys.executable, "-m", "recexplore.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=TWO_DEVICES,
     )
 
 
@@ -225,7 +230,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_metrics(tiny_run, tmp_pat
     kills = 0
     for stage in ("clusters", "examples", "models/novelty/checkpoints/10", "models/alignment"):
         process = subprocess.Popen(
-            [sys.executable, "-m", "recexplore.cli", "run", *flags], stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "recexplore.cli", "run", *flags],
+            stderr=subprocess.DEVNULL,
+            env=TWO_DEVICES,
         )
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
@@ -279,7 +286,7 @@ def together(*arguments):
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "recexplore.cli", *arguments],
-            env=os.environ | others | {"JAX_PROCESS_ID": str(index)},
+            env=TWO_DEVICES | others | {"JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
