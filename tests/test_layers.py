@@ -47,8 +47,8 @@ ROOMS |= {
     "pipeline": EVERYTHING - {"cli"},
     "cli": EVERYTHING,
     "adapters": {  # nobody imports them
-        *("errors", "artifacts", "interests", "tasks", "models", "training", "explorer"),
-        "pipeline",
+        *("errors", "artifacts", "interests", "tasks", "distributed", "models", "training"),
+        *("explorer", "pipeline"),
     },
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio", "clu"}

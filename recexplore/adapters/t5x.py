@@ -34,7 +34,7 @@ from recexplore.models.trie import Trie
 from recexplore.training.objectives import Sums
 from recexplore.training.optimization import Optimization
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Array | np.ndarray]
 Objective = Callable[..., Sums]
 
 
@@ -71,10 +71,14 @@ class _Objective:
         """
         ours = as_ours(batch, self._trie.num_sequences)
         key = None if dropout_rng is None else _typed(dropout_rng)
-        sums = self._objective(self.module, {"params": params}, self._trie, ours, key)
+        sums = self._sums(params, ours, key)
         factor = self._loss_normalizing_factor
         mean = sums.loss / jnp.maximum(sums.weight, 1e-9)
         return mean if factor is None else sums.loss / factor, _metrics(sums, mean, ours)
+
+    def _sums(self, params, batch: dict[str, Array], dropout_key=None) -> Sums:
+        trie = jax.tree.map(jnp.asarray, self._trie)
+        return self._objective(self.module, {"params": params}, trie, batch, dropout_key)
 
 
 class NoveltyModel(_Objective, models.DecoderOnlyModel):
@@ -129,7 +133,7 @@ class NoveltyModel(_Objective, models.DecoderOnlyModel):
 
         def loss(row):
             alone = jax.tree.map(lambda x: x[None], row)
-            return self._objective(self.module, {"params": params}, self._trie, alone).loss
+            return self._sums(params, alone).loss
 
         scores = -jax.vmap(loss)(ours)
         return (scores, {}) if return_intermediates else scores
@@ -137,11 +141,11 @@ class NoveltyModel(_Objective, models.DecoderOnlyModel):
     def _compute_logits(
         self, params, batch, dropout_rng=None, mutable=False, other_variables=None
     ) -> Float[Array, "B T V"]:
-        """Logits of `decoder_target_tokens`; of the first, before which there is nothing, zeros."""
+        """Logits of all tokens; of the first, before which there is nothing, zeros."""
         del mutable, other_variables
         deterministic = dropout_rng is None
         rngs = None if deterministic else {"dropout": _typed(dropout_rng)}
-        tokens = batch["decoder_target_tokens"]
+        tokens = as_ours(batch, self._trie.num_sequences)["tokens"]
         logits = self.module.apply({"params": params}, tokens, deterministic, rngs=rngs)
         return jnp.pad(logits[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
@@ -279,8 +283,9 @@ def as_ours(batch: Batch, num_clusters: int) -> dict[str, Array]:
       batch: of B rows.
       num_clusters: M.
     """
+    batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
     if "tokens" in batch:
-        return dict(batch)
+        return batch
     tokens = batch["decoder_target_tokens"]
     if "decoder_causal_attention" not in batch:
         raise InputError(
@@ -313,8 +318,8 @@ def optimizer(optimization: Optimization) -> optimizers.OptaxWrapper:
     if optimization.microbatches != 1:
         raise InputError(
             f"optimization.Optimization.microbatches is {optimization.microbatches}; under T5X "
-            "bind trainer.Trainer.num_microbatches instead. It adds up the gradients of the parts: bind "
-            "loss_normalizing_factor to the sum of weights in a batch as well."
+            "bind trainer.Trainer.num_microbatches instead. It adds up the gradients of the parts, "
+            "so bind loss_normalizing_factor to the sum of weights in a batch as well."
         )
     return optimizers.OptaxWrapper(optimization.transformation())
 

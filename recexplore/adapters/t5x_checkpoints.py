@@ -48,13 +48,32 @@ def read(path: Path | str, parts: Sequence[str] | None = None) -> Tree:
     folder = find(path)
     try:
         if (folder / _STATE).is_dir():
-            return _read_orbax(folder / _STATE, parts)
+            return read_orbax(folder / _STATE, parts)
         return _read_legacy(folder, parts)
     except InputError:
         raise
     except Exception as error:  # TensorStore has kinds of its own
         said = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"The T5X checkpoint {folder} can't be read: {said}") from error
+
+
+def read_orbax(folder: Path, parts: Sequence[str] | None = None) -> Tree:
+    """The arrays of one Orbax item, such as `checkpoint_<step>/state`, whoever wrote it.
+
+    Args:
+      folder: of the item.
+      parts: see `read`.
+
+    Raises:
+      InputError: it lacks a part.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        metadata = _picked(reader.metadata(folder).item_metadata.tree, parts, folder)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        arguments = ocp.args.PyTreeRestore(
+            item=metadata, restore_args=as_numpy, partial_restore=True
+        )
+        return reader.restore(folder, args=arguments)
 
 
 def find(path: Path | str) -> Path:
@@ -189,16 +208,6 @@ def write(folder: Path | str, step: int, params: Any, optimizer: Any = None) -> 
             )
         manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(tree)}))
     return folder / f"{PREFIX}_{step}"
-
-
-def _read_orbax(folder: Path, parts: Sequence[str] | None) -> Tree:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        metadata = _picked(reader.metadata(folder).item_metadata.tree, parts, folder)
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-        arguments = ocp.args.PyTreeRestore(
-            item=metadata, restore_args=as_numpy, partial_restore=True
-        )
-        return reader.restore(folder, args=arguments)
 
 
 def _read_legacy(folder: Path, parts: Sequence[str] | None) -> Tree:

@@ -136,7 +136,7 @@ class ExampleConverter(seqio.FeatureConverter):
         if pack:
             raise InputError(
                 "utils.DatasetConfig.pack is True, but SeqIO can't pack recexplore's examples. "
-                "Bind it to False; train_script.train.get_dataset_fn = @t5x_data.get_dataset packs the "
+                "Bind it to False; train_script.train.get_dataset_fn = @t5x_data.get_dataset packs "
                 "training examples in recexplore's own way."
             )
         super().__init__(pack=False, use_custom_packing_ops=use_custom_packing_ops)
