@@ -29,6 +29,7 @@ from recexplore.models.saved import abstract_parameters
 
 PREFIX = "checkpoint"
 _STATE = "state"  # Orbax's item
+_DATASET, _FIRST_OF_ONE = "dataset", "train_ds-000-of-001"  # where data goes on, of one process
 _LEGACY = "checkpoint"  # the legacy form's msgpack file
 _OUTER = "params"  # the collection, which T5X's names don't have
 Mapping = Sequence[tuple[str, str]]
@@ -166,7 +167,13 @@ def read_optimizer(path: Path | str, abstract: Any) -> Any:
     )
 
 
-def write(folder: Path | str, step: int, params: Any, optimizer: Any = None) -> Path:
+def write(
+    folder: Path | str,
+    step: int,
+    params: Any,
+    optimizer: Any = None,
+    position: dict[str, int] | None = None,
+) -> Path:
     """Writes a checkpoint that `t5x.train` and `t5x.infer` restore.
 
     Args:
@@ -175,6 +182,7 @@ def write(folder: Path | str, step: int, params: Any, optimizer: Any = None) -> 
       params: a network's variables, "params" alone.
       optimizer: the trainer's optimizer state; without it `t5x.train` can't go on as it is, see
         docs/t5x.md.
+      position: of our training data, for `t5x_data.get_dataset` in one process to go on from.
 
     Returns:
       The checkpoint's folder.
@@ -199,14 +207,20 @@ def write(folder: Path | str, step: int, params: Any, optimizer: Any = None) -> 
     manager = ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(step_prefix=PREFIX, enable_async_checkpointing=False),
-        item_handlers={_STATE: ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)},
+        item_handlers={
+            _STATE: ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
+            _DATASET: ocp.JsonCheckpointHandler(filename=_FIRST_OF_ONE),
+        },
     )
+    items = {_STATE: ocp.args.PyTreeSave(tree)}
+    if position is not None:
+        items[_DATASET] = ocp.args.JsonSave(position)
     with manager:
         if step in manager.all_steps():
             raise InputError(
                 f"{folder} has a {PREFIX}_{step} already. Remove it, or write elsewhere."
             )
-        manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(tree)}))
+        manager.save(step, args=ocp.args.Composite(**items))
     return folder / f"{PREFIX}_{step}"
 
 

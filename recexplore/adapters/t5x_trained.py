@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from recexplore import artifacts
 from recexplore.adapters import t5x_checkpoints
-from recexplore.distributed.checkpoints import Checkpoints
+from recexplore.distributed.checkpoints import Checkpoints, best_step
 from recexplore.errors import InputError
 from recexplore.models import saved
 from recexplore.training.optimization import Optimization
@@ -88,8 +88,8 @@ def give(trained: Path, to: Path, to_train: bool = False) -> Path:
     Args:
       trained: the model's folder.
       to: gets `checkpoint_<step>`.
-      to_train: the latest parameters with the optimizer's state, for `t5x.train` to go on from;
-        otherwise those that are used: the best checkpoint's, averaged.
+      to_train: the latest parameters with the optimizer's state and the place of the next batch,
+        for `t5x.train` to go on from; otherwise what is used: the best checkpoint's average.
 
     Returns:
       The checkpoint's folder.
@@ -107,12 +107,14 @@ def give(trained: Path, to: Path, to_train: bool = False) -> Path:
         raise InputError(f"{folder} holds no checkpoint. Run `recexplore train` first.")
     if not to_train:
         params = saved.load_parameters(trained, model, description["pretrained"])
-        return t5x_checkpoints.write(to, steps[-1], params)
-    params, optimizer = _latest(folder / str(steps[-1]) / "state", model)
-    return t5x_checkpoints.write(to, steps[-1], params, optimizer)
+        return t5x_checkpoints.write(to, best_step(folder), params)
+    latest = folder / str(steps[-1])
+    params, optimizer = _state(latest / "state", model)
+    position = ocp.JsonCheckpointHandler().restore(latest / "position")
+    return t5x_checkpoints.write(to, steps[-1], params, optimizer, position)
 
 
-def _latest(state: Path, model: nn.Module) -> tuple[Any, Any]:
+def _state(state: Path, model: nn.Module) -> tuple[Any, Any]:
     """Parameters and AdamW's state of one of our checkpoints."""
     shapes = saved.abstract_parameters(model)
     adamw = Optimization(steps=1, learning_rate=1.0).transformation()

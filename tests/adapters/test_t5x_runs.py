@@ -21,6 +21,7 @@ from recexplore import artifacts  # noqa: E402
 from recexplore.adapters import t5x_checkpoints  # noqa: E402
 from recexplore.interests.cluster_table import ClusterTable  # noqa: E402
 from recexplore.models import saved  # noqa: E402
+from recexplore.tasks import order  # noqa: E402
 from recexplore.tasks.vocabulary import Vocabulary  # noqa: E402
 from recexplore.training.optimization import Optimization  # noqa: E402
 
@@ -57,19 +58,21 @@ class Platform:
         self.folder, self.work = folder, folder / "W"
         (folder / "small.gin").write_text(SMALL)
 
-    def ours(self, *arguments):
+    def ours(self, *stages):
         flags = ["--workdir", "W", "--gin_file", "small.gin"]
-        self._run("recexplore.cli", *arguments, *flags)
+        code = f"import recexplore.cli as c; [c.main([*s, *{flags}]) and exit(1) for s in {stages}]"
+        self._run("-c", code)
 
     def t5x(self, module, *files, **macros):
         named = [f"--gin_file={name}" for name in ("small.gin", *files)]
         values = {"WORKDIR": "W", **macros}
-        bound = [f"--gin.{name.replace('__', '.')}={value!r}" for name, value in values.items()]
-        self._run(f"t5x.{module}", f"--gin_search_paths={GIN},.", *named, *bound)
+        bound = [f"--gin.{name}={value!r}" for name, value in values.items()]
+        self._run("-m", f"t5x.{module}", f"--gin_search_paths={GIN},.", *named, *bound)
 
     def train(self, model, **macros):
-        steps = dict(TRAIN_STEPS=STEPS, BATCH_SIZE=16, EVAL_PERIOD=6, CHECKPOINT_PERIOD=6)
-        self.t5x("train", f"t5x/{model}.gin", **steps, train__stats_period=1, **macros)
+        often = dict(EVAL_PERIOD=6, CHECKPOINT_PERIOD=6, STATS_PERIOD=1)
+        steps = dict(TRAIN_STEPS=STEPS, SCHEDULE_STEPS=STEPS, BATCH_SIZE=16)
+        self.t5x("train", f"t5x/{model}.gin", **often, **steps | macros)
 
     def infer(self, model, checkpoint, output, **macros):
         files = (f"t5x/{model}_model.gin", "t5x/infer.gin")
@@ -81,11 +84,14 @@ class Platform:
     def network(self, model):
         return saved.rebuild(artifacts.read_json(self.work / "models" / model / "network.json"))
 
-    def _run(self, module, *arguments):
+    def _run(self, *arguments):
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        command = [sys.executable, "-m", module, *arguments]
         made = subprocess.run(
-            command, capture_output=True, text=True, cwd=self.folder, env=environment
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env=environment,
         )
         assert made.returncode == 0, made.stderr[-4000:]
 
@@ -93,10 +99,8 @@ class Platform:
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory):
     made = Platform(tmp_path_factory.mktemp("t5x"))
-    for stage in ("ingest", "cluster", "aggregate", "tokenize"):
-        made.ours(stage)
-    for model in ("novelty", "alignment"):
-        made.ours("train", "--model", model)
+    trained = [["train", "--model", model] for model in ("novelty", "alignment")]
+    made.ours(["ingest"], ["cluster"], ["aggregate"], ["tokenize"], *trained)
     return made
 
 
@@ -123,11 +127,14 @@ def trained(platform):
         network = platform.network(model)
         params = nn.unbox(saved.fresh_variables(network, jax.random.key(0)))
         rule = Optimization(steps=STEPS, learning_rate=1.0).transformation()
-        start = t5x_checkpoints.write(platform.folder / "C" / model, 0, params, rule.init(params))
+        first = order.SingleRows(order.ExampleOrder(1, None), repeat=True).start
+        start = t5x_checkpoints.write(
+            platform.folder / "C" / model, 0, params, rule.init(params), first
+        )
         folder = platform.folder / "T" / model
         places = dict(INITIAL_CHECKPOINT_PATH=str(start), MODEL_DIR=str(folder))
         if model == "novelty":
-            platform.train(model, **places, train__total_steps=STEPS // 2)
+            platform.train(model, **places, TRAIN_STEPS=STEPS // 2)
             assert (folder / f"checkpoint_{STEPS // 2}").is_dir()
         platform.train(model, **places)
     return platform
