@@ -32,6 +32,16 @@ _TEST = [
     "setuptools>=75",
 ]
 
+_GIT = "git+https://github.com"
+_T5X = [  # the first three are on no registry
+    f"t5x @ {_GIT}/google-research/t5x@cc342d4",
+    f"airio @ {_GIT}/google/airio",
+    f"jestimator @ {_GIT}/google-research/jestimator",
+    "cached-property>=2.0",
+    "fiddle>=0.3",
+    "grain>=0.2.12",
+]
+
 setup(
     name="recexplore",
     version=_VERSION["__version__"],
@@ -79,6 +89,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.10.2"],
         "redis": ["redis>=5.0"],
         "serve": _SERVE,
+        "t5x": _T5X,
     },
     entry_points={"console_scripts": ["recexplore=recexplore.cli:main"]},
 )

@@ -34,7 +34,7 @@ METRICS = "metrics.json"
 REPORT = "report.html"
 NOVELTY = "novelty"  # the novelty model that fills the exploration table
 ALIGNMENT = "alignment"
-_LENGTHS = "max_lengths.json"  # of each model's examples, in tokens
+MAX_LENGTHS = "max_lengths.json"  # of each model's examples, in tokens
 _PERIODS = "periods.json"  # when testing begins, in seconds; how long a cluster stays known
 _HISTORIES = "history_lengths.json"  # of each model's examples, in clusters
 
@@ -353,7 +353,7 @@ def tokenize(
         for model, length in longest.items()
     }
     with artifacts.new_folder(work / EXAMPLES) as folder:
-        artifacts.write_json(folder / _LENGTHS, lengths)
+        artifacts.write_json(folder / MAX_LENGTHS, lengths)
         artifacts.write_json(folder / _HISTORIES, longest)
         for split in ("train", "validation"):
             rows, fades = examples.engaged(transitions, split), None
@@ -430,7 +430,7 @@ def train(
         raise InputError(
             f"pipeline.train.batch_size is {batch_size!r}; it must be a whole number from 1 on."
         )
-    longest = artifacts.read_json(work / EXAMPLES / _LENGTHS)[name]
+    longest = artifacts.read_json(work / EXAMPLES / MAX_LENGTHS)[name]
     history_length = artifacts.read_json(work / EXAMPLES / _HISTORIES)[name]
     max_length = max_length or longest
     if max_length < longest:

@@ -274,7 +274,9 @@ def _scored(explore: Callable) -> int:
     return int(np.sum(explore(0).num_distinct))
 
 
-def interleaved(runs: dict[Any, Callable], budget: float) -> dict[Any, list[float]]:
+def interleaved(
+    runs: dict[Any, Callable], budget: float, least: int = LEAST_ROUNDS
+) -> dict[Any, list[float]]:
     """Seconds of every run in every round; rounds go on until the budget is spent."""
     seconds = {name: [] for name in runs}
     start = time.perf_counter()
@@ -283,7 +285,7 @@ def interleaved(runs: dict[Any, Callable], budget: float) -> dict[Any, list[floa
             before = time.perf_counter()
             run(round_number)
             seconds[name].append(time.perf_counter() - before)
-        if round_number >= LEAST_ROUNDS and time.perf_counter() - start > budget:
+        if round_number >= least and time.perf_counter() - start > budget:
             break
     return seconds
 

@@ -221,6 +221,17 @@ def _best(manager: ocp.CheckpointManager) -> tuple[int, float]:
     return step, values[step]
 
 
+def best_step(folder: Path) -> int:
+    """Steps taken before the best checkpoint.
+
+    Raises:
+      InputError: there is none.
+    """
+    reading = ocp.CheckpointManagerOptions(read_only=True, best_fn=_value)
+    with ocp.CheckpointManager(Path(folder).resolve(), options=reading) as manager:
+        return _best(manager)[0]
+
+
 def load_best(folder: Path, abstract: Any) -> Any:
     """The variables to use, of the best checkpoint: their average, where one was kept.
 
@@ -260,10 +271,7 @@ def _damaged(checkpoint: Path, damage: str) -> InputError:
 def _load_best(folder: Path, abstract: Any) -> Any:
     for path, damage in _of_damaged_metrics(folder):
         raise _damaged(path, damage)
-    reading = ocp.CheckpointManagerOptions(read_only=True, best_fn=_value)
-    with ocp.CheckpointManager(folder, options=reading) as manager:
-        step, _ = _best(manager)
-    path = folder / str(step) / "state"
+    path = folder / str(best_step(folder)) / "state"
     if damage := digests.find_damage(path.parent):
         raise _damaged(path.parent, damage)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

@@ -185,6 +185,7 @@ class Transformer(nn.Module):
     """
 
     config: TransformerConfig
+    scan_layers = True  # as T5X asks: in parameters and segments the layers' axis comes first
 
     def setup(self):
         c = self.config

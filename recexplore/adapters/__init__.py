@@ -1,0 +1,1 @@
+"""Bridges to other frameworks, for those who have them; nothing else needs them."""

@@ -1,0 +1,148 @@
+"""Models trained under T5X in a work directory of ours, and ours in a folder of T5X's.
+
+`take_or_train` stands in for trainer.train in gin_configs/t5x/trained.gin, so that all other stages
+see a model like any other; `give` is what scripts/export_t5x.py does.
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from recexplore import artifacts
+from recexplore.adapters import t5x_checkpoints
+from recexplore.distributed.checkpoints import Checkpoints, best_step
+from recexplore.errors import InputError
+from recexplore.models import saved
+from recexplore.training.optimization import Optimization
+from recexplore.training.program import Objective
+from recexplore.training.train_step import evaluation_step
+from recexplore.training.trainer import TrainingData, TrainResult
+
+
+def take_or_train(
+    folder: Path,
+    model: nn.Module,
+    objective: Objective,
+    constants: Any,
+    data: TrainingData,
+    progress: Callable[..., None],
+    *,
+    train: Callable[..., TrainResult],
+    checkpoint: str | None = None,
+    measure: Objective | None = None,
+    pretrained: Path | None = None,
+    seed: int = 0,
+) -> TrainResult:
+    """A model from T5X's checkpoint, measured on the validation split; or trained, without one.
+
+    Args:
+      folder: gets checkpoints/.
+      model: the network.
+      objective: what it was trained for.
+      constants: what objectives need besides model and batch.
+      data: of the validation split.
+      progress: called as progress(step, steps, **figures).
+      train: recexplore.training.trainer.train, for a model without a checkpoint.
+      checkpoint: a `checkpoint_<step>` folder, or one that has some; None: train.
+      measure: what is told of the validation split; None: the objective.
+      pretrained: must be None: T5X's checkpoint has the whole network.
+      seed: of training.
+
+    Raises:
+      InputError: the checkpoint doesn't fit the network; see `t5x_checkpoints.read_parameters`.
+    """
+    if checkpoint is None:
+        return train(
+            folder,
+            model,
+            objective,
+            constants,
+            data,
+            progress,
+            pretrained=pretrained,
+            seed=seed,
+        )
+    if pretrained is not None:
+        raise InputError(
+            f"t5x_trained.take_or_train.checkpoint is {checkpoint!r}, and "
+            "pipeline.train.pretrained names another model. Bind one of them to None."
+        )
+    params = jax.device_put(t5x_checkpoints.read_parameters(checkpoint, model))
+    step = t5x_checkpoints.read_step(checkpoint)
+    told = _mean(model, params, measure or objective, constants, data)
+    with contextlib.closing(Checkpoints(folder / saved.CHECKPOINTS)) as checkpoints:
+        checkpoints.save(step, {"params": params}, {}, told)
+    progress(step, step, validation_loss=told)
+    return TrainResult(step, step, told)
+
+
+def give(trained: Path, to: Path, to_train: bool = False) -> Path:
+    """A model that `recexplore train` made, as a checkpoint for T5X.
+
+    Args:
+      trained: the model's folder.
+      to: gets `checkpoint_<step>`.
+      to_train: the latest parameters with the optimizer's state and the place of the next batch,
+        for `t5x.train` to go on from; otherwise what is used: the best checkpoint's average.
+
+    Returns:
+      The checkpoint's folder.
+
+    Raises:
+      InputError: there is no model, it has adapters, or its optimizer isn't T5X's.
+    """
+    if not (trained / saved.NETWORK).is_file():
+        raise InputError(f"{trained} holds no trained model. Run `recexplore train` first.")
+    description = artifacts.read_json(trained / saved.NETWORK)
+    model = saved.rebuild(description)
+    folder = trained / saved.CHECKPOINTS
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    if not steps:
+        raise InputError(f"{folder} holds no checkpoint. Run `recexplore train` first.")
+    if not to_train:
+        params = saved.load_parameters(trained, model, description["pretrained"])
+        return t5x_checkpoints.write(to, best_step(folder), params)
+    latest = folder / str(steps[-1])
+    params, optimizer = _state(latest / "state", model)
+    position = ocp.JsonCheckpointHandler().restore(latest / "position")
+    return t5x_checkpoints.write(to, steps[-1], params, optimizer, position)
+
+
+def _state(state: Path, model: nn.Module) -> tuple[Any, Any]:
+    """Parameters and AdamW's state of one of our checkpoints."""
+    shapes = saved.abstract_parameters(model)
+    adamw = Optimization(steps=1, learning_rate=1.0).transformation()
+    abstract = {"params": shapes, "optimizer": jax.eval_shape(adamw.init, shapes)}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        try:
+            found = reader.restore(
+                state,
+                args=ocp.args.PyTreeRestore(
+                    item=abstract, restore_args=as_numpy, partial_restore=True
+                ),
+            )
+        except Exception as error:  # Orbax has kinds of its own
+            raise InputError(
+                f"{state} has no state of AdamW to go on from: {str(error).splitlines()[0][:200]} "
+                "T5X can go on from a model that was trained by AdamW, and trained whole."
+            ) from error
+    return found["params"], found["optimizer"]
+
+
+def _mean(model: nn.Module, params: Any, measure: Objective, constants: Any, data: TrainingData):
+    step = jax.jit(
+        lambda params, batch: evaluation_step(
+            params, {}, batch, constants, model=model, objective=measure
+        )
+    )
+    rows = np.arange(data.batch_size)
+    sums = [jax.device_get(step(params, batch)) for batch in data.validation(rows)]
+    loss, weight = (np.sum([s[i] for s in sums], dtype=np.float64) for i in (0, 1))
+    return float(loss / max(weight, 1e-9))

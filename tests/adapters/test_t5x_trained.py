@@ -1,0 +1,199 @@
+"""Models from T5X in a work directory, and ours for T5X; without T5X."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recexplore import artifacts, pipeline
+from recexplore.adapters import t5x_checkpoints, t5x_trained
+from recexplore.configuration import Configuration
+from recexplore.distributed.checkpoints import Checkpoints
+from recexplore.errors import InputError
+from recexplore.models import saved
+from recexplore.models.reward_model import RewardModel
+from recexplore.models.saved import fresh_variables
+from recexplore.models.transformer import Transformer, TransformerConfig
+from recexplore.models.trie import build_trie
+from recexplore.training import objectives
+from recexplore.training.optimization import Optimization
+from recexplore.training.trainer import TrainResult
+
+GIN = Path(__file__).parent.parent.parent / "gin_configs"
+CONFIG = TransformerConfig(
+    vocab_size=8,
+    num_layers=2,
+    model_dim=4,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    mlp_dim=6,
+    max_length=8,
+)
+TRIE = jax.device_put(build_trie([[3, 1], [4, 5, 1], [4, 1]], 1, 8))
+
+
+def variables_of(model, seed=0):
+    params = nn.unbox(fresh_variables(model, jax.random.key(seed)))
+    return jax.tree.map(lambda p: p + 0.1, params)  # a fresh head is zero
+
+
+class Validation:
+    """Two batches of two examples."""
+
+    batch_size = 2
+
+    def training(self, rows):
+        raise AssertionError("nothing is trained")
+
+    def validation(self, rows):
+        assert rows.tolist() == [0, 1]
+        return [
+            {
+                "tokens": np.array([[2, 7, 3, 1, 0], [2, 4, 5, 1, 0]], np.int32),
+                "prompt_lengths": np.array([2, 1], np.int32),
+                "lengths": np.array([4, 4], np.int32),
+                "seen": np.zeros((2, 3), bool),
+                "label": np.array([0.2, 0.8], np.float32),
+                "weight": np.array([1.0, weight], np.float32),
+            }
+            for weight in (0.5, 2.0)
+        ]
+
+
+def nothing(*_, **__):
+    pass
+
+
+def by_hand(objective, model, params):
+    sums = [
+        objective(model, params, TRIE, jax.tree.map(jnp.asarray, batch))
+        for batch in Validation().validation(np.arange(2))
+    ]
+    return float(sum(s.loss for s in sums)) / float(sum(s.weight for s in sums))
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "measure"),
+    [
+        (Transformer(CONFIG), objectives.constrained_description_loss, None),
+        (RewardModel(CONFIG), objectives.pointwise_loss, objectives.misordered_pairs),
+    ],
+)
+def test_a_checkpoint_of_t5x_s_becomes_a_trained_model(model, objective, measure, tmp_path):
+    params = variables_of(model)
+    checkpoint = t5x_checkpoints.write(tmp_path / "T", 70, params)
+    result = t5x_trained.take_or_train(
+        tmp_path / "M",
+        model,
+        objective,
+        TRIE,
+        Validation(),
+        nothing,
+        train=nothing,
+        checkpoint=str(checkpoint),
+        measure=measure,
+    )
+    told = by_hand(measure or objective, model, params)
+    assert result == TrainResult(70, 70, pytest.approx(told, rel=1e-5))
+    loaded = saved.load_parameters(tmp_path / "M", model)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_without_a_checkpoint_it_is_trained(tmp_path):
+    asked = {}
+
+    def train(*arguments, **options):
+        asked.update(options, arguments=arguments)
+        return TrainResult(3, 2, 0.5)
+
+    model, objective = Transformer(CONFIG), objectives.constrained_description_loss
+    arguments = (tmp_path, model, objective, TRIE, Validation(), nothing)
+    options = {"train": train, "pretrained": Path("gemma"), "seed": 4}
+    assert t5x_trained.take_or_train(*arguments, **options) == TrainResult(3, 2, 0.5)
+    assert asked == {"arguments": arguments, "pretrained": Path("gemma"), "seed": 4}
+
+
+def test_a_pretrained_model_and_a_checkpoint_are_one_too_many(tmp_path):
+    model = Transformer(CONFIG)
+    with pytest.raises(InputError, match="names another model. Bind one of them to None"):
+        t5x_trained.take_or_train(
+            tmp_path,
+            model,
+            objectives.constrained_description_loss,
+            TRIE,
+            Validation(),
+            nothing,
+            train=nothing,
+            checkpoint="T",
+            pretrained=Path("gemma"),
+        )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], ["NOVELTY_CHECKPOINT = 'T/novelty'", "ALIGNMENT_CHECKPOINT = 'T/alignment'"]],
+)
+def test_the_gin_file_goes_with_a_run(values):
+    run = Configuration(["runs/demo.gin", "t5x/trained.gin"], values, [str(GIN)])
+    stages = pipeline.stages(run)
+    run.check_all_used([(stage.selector, stage.model) for stage in stages])
+    for stage in stages:
+        run.check_required(stage.selector, stage.model)
+    for model in ("novelty", "alignment"):
+        bound = run.reachable_from("recexplore.pipeline.train", model)
+        name = "recexplore.adapters.t5x_trained.take_or_train"
+        assert bound["recexplore.pipeline.train.run"] == f"@{name}"
+        found = bound[f"{model}/{name}.checkpoint"]
+        assert found == (f"'T/{model}'" if values else "None")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a model that our trainer saved after ten and after twenty steps."""
+    model, rule = Transformer(CONFIG), Optimization(20, 0.1).transformation()
+    folder = tmp_path / "novelty"
+    folder.mkdir()
+    artifacts.write_json(folder / saved.NETWORK, saved.describe(model))
+    states = {}
+    checkpoints = Checkpoints(folder / saved.CHECKPOINTS, keep_last=2)
+    for step, value in ((10, 1.0), (20, 2.0)):
+        params = variables_of(model, step)
+        state = {"params": params, "average": jax.tree.map(lambda p: p * 0.5, params)}
+        state["optimizer"] = jax.tree.map(lambda x, s=step: x + s, rule.init(params))
+        checkpoints.save(step, {"step": jnp.int32(step), **state}, {"epoch": 0, "at": step}, value)
+        states[step] = state
+    checkpoints.close()
+    return folder, model, states
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_best_average_is_given_to_be_used(trained, tmp_path):
+    folder, model, states = trained
+    written = t5x_trained.give(folder, tmp_path / "T")
+    assert written.name == "checkpoint_10"
+    assert_equal(t5x_checkpoints.read_parameters(written, model), states[10]["average"])
+    assert "param_states" not in t5x_checkpoints.read(written)["state"]
+
+
+def test_the_latest_state_and_place_are_given_to_train_on(trained, tmp_path):
+    folder, model, states = trained
+    written = t5x_trained.give(folder, tmp_path / "T", to_train=True)
+    assert written.name == "checkpoint_20" and t5x_checkpoints.read_step(written) == 20
+    assert_equal(t5x_checkpoints.read_parameters(written, model), states[20]["params"])
+    abstract = jax.eval_shape(lambda: states[20]["optimizer"])
+    assert_equal(t5x_checkpoints.read_optimizer(written, abstract), states[20]["optimizer"])
+    assert artifacts.read_json(written / "dataset/train_ds-000-of-001") == {"epoch": 0, "at": 20}
+
+
+def test_a_model_that_is_not_there_is_not_given(tmp_path):
+    with pytest.raises(InputError, match="holds no trained model. Run `recexplore train` first"):
+        t5x_trained.give(tmp_path / "W/models/novelty", tmp_path / "T")
