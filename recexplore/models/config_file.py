@@ -138,15 +138,7 @@ def check_config(folder: Path | str, config: Config) -> None:
     """
     said = read_file(Path(folder))
     fields = _fields(said)
-    if not isinstance(config, said.kind):
-        kind, network = said.kind, "encoder_decoder.EncoderDecoder"
-        network = network if kind is EncoderDecoderConfig else "transformer.Transformer"
-        raise InputError(
-            f"{said.path} is a {said.family} model's, whose configuration is "
-            f"{gin_name(kind)}, not {gin_name(type(config))}. Bind pipeline.train.make_config = "
-            f"@{gin_name(kind)} and, for the novelty models, pipeline.train.make_network = "
-            f"@{network}, as the files of models/ for this family do."
-        )
+    _check_kind(said, gin_name(type(config)))
     wanted = said.kind(**fields, max_length=config.max_length)
     keys = t5_config_file.KEYS if wanted.has_encoder else KEYS
     different = []
@@ -166,6 +158,19 @@ def check_config(folder: Path | str, config: Config) -> None:
             )
         raise InputError(f"{'; '.join(different)}. Bind what the file has.{hint}")
     _check_length(said, config.max_length)
+
+
+def check_kind(folder: Path | str, name: str) -> None:
+    """Checks that a configuration is of the kind that the network in a Hugging Face folder has.
+
+    Args:
+      folder: has config.json.
+      name: of its class, as gin files call it.
+
+    Raises:
+      InputError: it isn't; or as `read_config`.
+    """
+    _check_kind(read_file(Path(folder)), name)
 
 
 def embedding_rows(folder: Path | str) -> int:
@@ -256,6 +261,17 @@ def _fields(said: Said) -> dict[str, Any]:
         if said.family == "gemma3_text" and fields["attention_softcap"]:
             raise said.refuse("attn_logit_softcapping", "Gemma 3 in transformers leaves it out")
     return fields
+
+
+def _check_kind(said: Said, name: str) -> None:
+    wanted = gin_name(said.kind)
+    if name != wanted:
+        network = wanted.removesuffix("Config")
+        raise InputError(
+            f"{said.path} is a {said.family} model's, whose configuration is {wanted}, not {name}. "
+            f"Bind pipeline.train.make_config = @{wanted} and, for novelty models, "
+            f"pipeline.train.make_network = @{network}."
+        )
 
 
 def _check_keys(said: Said) -> None:

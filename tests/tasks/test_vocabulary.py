@@ -294,7 +294,10 @@ def letters(folder, merges=(), normalizer=None, without=""):
 
 BAD = {
     "no folder": (lambda f: f.rmdir(), r"PRETRAINED\) is .*no folder; it should have a tok"),
-    "nothing in it": (lambda f: None, "a folder without tokenizer.json or tokenizer.model. Name"),
+    "nothing in it": (
+        lambda f: None,
+        "a folder without tokenizer.json or tokenizer.model or spiece.model. Name",
+    ),
     "not JSON": (
         lambda f: (f / "tokenizer.json").write_text("{"),
         r"tokenizer.json is not a tokenizer of Hugging Face's library \(EOF",
