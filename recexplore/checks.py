@@ -164,8 +164,9 @@ def check_pretrained(configuration: "Configuration", stages: Sequence["Stage"]) 
             if vocabulary:
                 check_embedding(vocabulary, config.vocab_size, folder)
             network = f"{type(config).__module__}.{type(config).__name__}"
-            made_by = bound(stage.selector, "make_config", stage.model).selector
-            check_kind(folder, ".".join(made_by.split(".")[-2:]))
+            make_config = bound(stage.selector, "make_config", stage.model)
+            if made_by := getattr(make_config, "selector", None):
+                check_kind(folder, ".".join(made_by.split(".")[-2:]))
             fields = {name: bound(network, name, stage.model) for name in vars(config)}
             said = {name: value for name, value in fields.items() if value is not None}
             check_config(folder, dataclasses.replace(config, **said))

@@ -149,7 +149,7 @@ def test_models_start_from_the_folder_and_all_of_them_is_trained(trained):
     for params in (novelty.params["params"], alignment.params["params"]["transformer"]):
         moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, published)
         if params is not novelty.params["params"]:
-            assert moved.pop("logits_dense") == 0  # a reward model has no use for it
+            assert moved.pop("logits_dense") < 1e-5  # of no use there; weight decay is all
         assert 0 < min(jax.tree.leaves(moved)) and max(jax.tree.leaves(moved)) < 0.05
 
 
