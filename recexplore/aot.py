@@ -18,9 +18,9 @@ from recexplore.errors import InputError
 from recexplore.inference.best_of_n import Batch, BestOfN, Prefixes, explore_step
 from recexplore.inference.context import Prompts, prefix_cache
 from recexplore.models.lora import join, split
+from recexplore.models.networks import Config, language_model
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.saved import fresh_variables
-from recexplore.models.transformer import Transformer, TransformerConfig
 from recexplore.models.trie import Trie, build_trie
 from recexplore.training.flops import count_flops
 from recexplore.training.optimization import Optimization
@@ -50,7 +50,7 @@ def training_step(
     found: Callable[[Ahead], None],
     *,
     make_network: Callable[[Any], Any],
-    make_config: Callable[..., TransformerConfig],
+    make_config: Callable[..., Config],
     objective: Callable[..., Any],
     optimization: Optimization,
     make_mesh: Callable[..., jax.sharding.Mesh],
@@ -65,8 +65,8 @@ def training_step(
     Args:
       devices: to compile for.
       found: called with the program.
-      make_network: Transformer or RewardModel.
-      make_config: TransformerConfig, with everything but max_length bound.
+      make_network: Transformer, EncoderDecoder or RewardModel.
+      make_config: TransformerConfig or EncoderDecoderConfig, with everything but max_length bound.
       objective: of recexplore.training.objectives.
       optimization: as in training.
       make_mesh: of the devices given.
@@ -109,7 +109,7 @@ def explore_pair(
     devices: Sequence[Any],
     found: Callable[[Ahead], None],
     *,
-    make_config: Callable[..., TransformerConfig],
+    make_config: Callable[..., Config],
     settings: BestOfN,
     make_mesh: Callable[..., jax.sharding.Mesh],
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
@@ -124,7 +124,7 @@ def explore_pair(
     Args:
       devices: to compile for.
       found: called with the program.
-      make_config: TransformerConfig, with everything but max_length bound.
+      make_config: TransformerConfig or EncoderDecoderConfig, with everything but max_length bound.
       settings: n, k and how to draw and choose.
       make_mesh: of the devices given.
       rules: logical axis → mesh axis.
@@ -138,7 +138,7 @@ def explore_pair(
     mesh = make_mesh(devices=devices)
     partitioning.check_batch_size(batch_size, mesh, name="aot.explore_pair.batch_size")
     everywhere, on_batch = jax.NamedSharding(mesh, jax.P()), partitioning.batch_sharding(mesh)
-    networks = (Transformer(config), RewardModel(config))
+    networks = (language_model(config), RewardModel(config))
     (novelty, base), (alignment, _) = (
         split(_abstract(network, mesh, rules), config) for network in networks
     )

@@ -157,13 +157,16 @@ def check_pretrained(configuration: "Configuration", stages: Sequence["Stage"]) 
         vocabulary = read_pretrained(tokenizer)
     for stage in trained:
         if folder := bound(stage.selector, "pretrained", stage.model):
-            from recexplore.models.config_file import check_config
+            from recexplore.models.config_file import check_config, check_kind
             from recexplore.models.pretrained import check_folder
 
             config = check_folder(folder)
             if vocabulary:
                 check_embedding(vocabulary, config.vocab_size, folder)
-            network = "recexplore.models.transformer.TransformerConfig"
+            network = f"{type(config).__module__}.{type(config).__name__}"
+            make_config = bound(stage.selector, "make_config", stage.model)
+            if made_by := getattr(make_config, "selector", None):
+                check_kind(folder, ".".join(made_by.split(".")[-2:]))
             fields = {name: bound(network, name, stage.model) for name in vars(config)}
             said = {name: value for name, value in fields.items() if value is not None}
             check_config(folder, dataclasses.replace(config, **said))

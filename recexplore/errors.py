@@ -22,9 +22,17 @@ def check_field(settings: object, ok: bool, field: str, rule: str) -> None:
       InputError: it won't do.
     """
     if not ok:
-        kind = type(settings)
-        name = f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}.{field}"
-        raise InputError(f"{name} is {getattr(settings, field)!r}; it {rule}.")
+        name = gin_name(type(settings))
+        raise InputError(f"{name}.{field} is {getattr(settings, field)!r}; it {rule}.")
+
+
+def gin_name(kind: type) -> str:
+    """What gin files call a class.
+
+    >>> gin_name(InputError)
+    'errors.InputError'
+    """
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"
 
 
 class SharedError(InputError):

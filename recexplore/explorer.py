@@ -24,8 +24,8 @@ from recexplore.inference.grouping import Grouped, share
 from recexplore.inference.launch import Model, Ready, bucket, check_model, pad_columns
 from recexplore.interests.cluster_table import ClusterTable
 from recexplore.models import saved
+from recexplore.models.networks import LANGUAGE_MODELS
 from recexplore.models.reward_model import RewardModel
-from recexplore.models.transformer import Transformer
 from recexplore.models.trie import Trie, build_trie, exclude_mask
 from recexplore.tasks.prompts import alignment_prompt, novelty_prompt
 from recexplore.tasks.vocabulary import Vocabulary, check_embedding
@@ -250,7 +250,7 @@ class Explorer:
             )(excluded)
 
         self._check_exist(histories)
-        self._check_model("novelty", novelty, Transformer)
+        self._check_model("novelty", novelty, LANGUAGE_MODELS)
         rows = (self._prompts(novelty_prompt, histories, novelty), excluded)
         return self._in_batches(step, novelty, rows, progress)
 
@@ -268,7 +268,7 @@ class Explorer:
             return exhaustive.all_scores(alignment.network, params, trie, tree, context)
 
         self._check_exist(histories)
-        self._check_model("alignment", alignment, RewardModel)
+        self._check_model("alignment", alignment, (RewardModel,))
         rows = self._prompts(alignment_prompt, histories, alignment)
         return self._in_batches(step, alignment, rows, progress)
 
@@ -294,9 +294,9 @@ class Explorer:
                     f"0..{count - 1}."
                 )
 
-    def _check_model(self, name: str, model: Model, kind: type) -> None:
+    def _check_model(self, name: str, model: Model, kinds: tuple[type, ...]) -> None:
         vocabulary = self._vocabulary
-        check_model(name, model, kind, vocabulary.prefix, self._trie, vocabulary.pad_id)
+        check_model(name, model, kinds, vocabulary.prefix, self._trie, vocabulary.pad_id)
 
     def _in_batches(self, step: Callable[..., Any], model: Model, rows: Any, progress) -> Any:
         prefix = prefix_cache(

@@ -3,7 +3,7 @@
 What was trained goes out as the language model that it is: adapters are merged into the kernels,
 the tokenizer lies beside it. A reward model's head fits no network of transformers (theirs have no
 bias and no order among labels), so it is a file of its own, `REWARD_HEAD`, for hidden states of the
-exported transformer. With h the last token's, after the last norm:
+exported transformer. With h the last token's, after the last norm (of T5 the decoder's):
 
     scalar    head [D], bias []                score = head · h + bias
     bins      head [D, bins], bias [bins]      P(bin) = softmax(hᵀ head + bias)
@@ -28,9 +28,9 @@ from recexplore.models import pretrained
 from recexplore.models.config_file import CONFIG_FILE, longest_context
 from recexplore.models.families import family_of
 from recexplore.models.lora import merge
+from recexplore.models.networks import Config
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.saved import rebuild
-from recexplore.models.transformer import TransformerConfig
 from recexplore.tasks.published_tokenizer import token_ids, tokenizer_files
 from recexplore.tasks.vocabulary import Vocabulary
 
@@ -59,7 +59,8 @@ def export_model(
     """
     if dtype not in (None, *_DTYPES):
         raise InputError(f"The dtype to export is {dtype!r}; it must be {' or '.join(_DTYPES)}.")
-    family_of(dataclasses.replace(_config(trained), lora_rank=0))  # before anything is read
+    config = _config(trained)  # before anything else is read
+    family_of(dataclasses.replace(config, lora_rank=0) if config.lora_rank else config)
     network, variables, _ = load_model(trained, vocabulary)
     config = network.config
     if dtype:
@@ -85,7 +86,7 @@ def export_model(
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def _config(trained: Path) -> TransformerConfig:
+def _config(trained: Path) -> Config:
     if not (trained / NETWORK).is_file():
         there = sorted(path.parent.name for path in trained.parent.glob(f"*/{NETWORK}"))
         raise InputError(

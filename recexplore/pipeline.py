@@ -403,16 +403,17 @@ def train(
       work: the work directory.
       progress: where to say what is going on.
       name: of the model.
-      make_network: Transformer or RewardModel.
-      make_config: TransformerConfig, all but its vocab_size and max_length bound.
+      make_network: Transformer, EncoderDecoder, or RewardModel around either.
+      make_config: TransformerConfig, or EncoderDecoderConfig for T5; all but its vocab_size and
+        max_length bound.
       objective: of recexplore.training.objectives.
       run: recexplore.training.trainer.train.
       batch_size: rows a step, of all processes together.
       max_length: tokens of a row; None: as many as prompt and description can have. A prompt that
         doesn't fit loses its oldest tokens.
-      pretrained: folder of the transformer to start from, as Hugging Face has it; None: from
+      pretrained: folder of the language model to start from, as Hugging Face has it; None: from
         nothing.
-      pack: several examples a row.
+      pack: several examples a row; not for an EncoderDecoder.
       examples_per_row: at most, when packed.
       seed: of the order of examples, of initialisation and of dropout.
     """
@@ -440,6 +441,11 @@ def train(
         )
     rows = embedding_rows(pretrained) if pretrained else vocabulary.embedding_rows
     config = make_config(vocab_size=rows, max_length=max_length)
+    if pack and config.has_encoder:
+        raise InputError(
+            f"pipeline.train.pack is True, but {type(config).__name__} is of networks with an "
+            "encoder, which reads one prompt a row. Bind pipeline.train.pack = False."
+        )
     if pretrained:
         check_embedding(vocabulary, rows, pretrained)
         check_config(pretrained, config)

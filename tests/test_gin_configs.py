@@ -9,6 +9,8 @@ import pytest
 from recexplore import pipeline
 from recexplore.configuration import Configuration
 from recexplore.errors import InputError
+from recexplore.models.encoder_decoder import EncoderDecoderConfig
+from recexplore.models.networks import language_model
 from recexplore.models.saved import abstract_parameters
 from recexplore.models.transformer import Transformer, TransformerConfig
 
@@ -19,6 +21,7 @@ RUNS = {
     "runs/experiment.gin": [],
     "runs/movielens_small.gin": ["MOVIELENS_DIR = '/data'"],
     "runs/log.gin": ["INTERACTIONS = 'a.csv'", "ITEMS = 'b.csv'"],
+    "runs/log_t5.gin": ["INTERACTIONS = 'a.csv'", "ITEMS = 'b.csv'"],
 }
 SIZES = {"models/micro.gin": 5e5, "models/tiny.gin": 2e6, "models/small.gin": 20e6}
 PUBLISHED = {  # parameters, as transformers counts them
@@ -27,6 +30,13 @@ PUBLISHED = {  # parameters, as transformers counts them
     "models/gemma2_2b.gin": 2_614_341_888,
     "models/gemma2_9b.gin": 9_241_705_984,
     "models/gemma3_1b.gin": 999_885_952,
+}
+
+
+ENCODER_DECODERS = {
+    "models/flan_t5_small.gin": (32_128, 76_961_152),
+    "models/flan_t5_base.gin": (32_128, 247_577_856),
+    "models/mt5_small.gin": (250_112, 300_176_768),
 }
 
 
@@ -42,12 +52,12 @@ def test_every_file_is_covered_here():
         "models/pretrained.gin",
         "models/lora.gin",
     }
-    assert files == {*RUNS, *SIZES, *PUBLISHED, *data, *t5x, *others}
+    assert files == {*RUNS, *SIZES, *PUBLISHED, *ENCODER_DECODERS, *data, *t5x, *others}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_complete_and_every_binding_used(name):
-    files = [name, "data/csv.gin"] if name == "runs/log.gin" else [name]
+    files = [name, "data/csv.gin"] if name.startswith("runs/log") else [name]
     configuration = Configuration(files, RUNS[name])
     stages = pipeline.stages(configuration)
     configuration.check_all_used([(stage.selector, stage.model) for stage in stages])
@@ -149,21 +159,21 @@ def test_histories_that_do_not_go_together_are_refused(override, message):
         pipeline.stages(Configuration(["runs/demo.gin"], [override]))
 
 
-def config_of(files, model, **sizes):
+def config_of(files, model, kind=TransformerConfig, **sizes):
     """What pipeline.train makes of the files, but for what it passes itself."""
     configuration = Configuration(files)
     bindings = configuration.reachable_from("recexplore.pipeline.train", model)
-    prefix = "recexplore.models.transformer.TransformerConfig."
+    prefix = f"{kind.__module__}.{kind.__name__}."
     bound = {
         name.removeprefix(prefix): ast.literal_eval(value)
         for name, value in bindings.items()
         if name.startswith(prefix)
     }
-    return TransformerConfig(**sizes | bound)
+    return kind(**sizes | bound)
 
 
 def count_parameters(config):
-    abstract = abstract_parameters(Transformer(config))
+    abstract = abstract_parameters(language_model(config))
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
@@ -179,3 +189,24 @@ def test_published_networks_have_their_published_size(name, model):
     config = config_of(["runs/log.gin", name], model, max_length=64)
     assert count_parameters(config) == PUBLISHED[name]
     assert config == config_of(["pipeline.gin", name], model, max_length=64)  # nothing is left over
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("model", ["novelty", "alignment"])
+def test_published_encoder_decoders_have_their_published_size(name, model):
+    rows, parameters = ENCODER_DECODERS[name]
+    sizes = dict(kind=EncoderDecoderConfig, vocab_size=rows, max_length=64)
+    config = config_of(["runs/log_t5.gin", name], model, **sizes)
+    assert count_parameters(config) == parameters
+    assert config == config_of(["pipeline.gin", name], model, **sizes)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_every_binding_of_a_run_with_encoder_decoders_is_used(name):
+    files = ["runs/log_t5.gin", "data/simulated.gin", name, "models/pretrained.gin"]
+    run = Configuration(files, ["PRETRAINED = '/models/t5'"])
+    stages = [(stage.selector, stage.model) for stage in pipeline.stages(run)]
+    run.check_all_used(stages)
+    adapted = Configuration([*files, "models/lora.gin"], ["PRETRAINED = '/models/t5'"])
+    with pytest.raises(InputError, match="lora_.* is bound but no stage of this run uses it"):
+        adapted.check_all_used(stages)

@@ -23,6 +23,7 @@ DEFAULT_RULES: Rules = (
     ("mlp", "tensor"),
     ("layers", None),
     ("lora_rank", None),
+    ("relpos_buckets", None),
     ("activation_batch", ("data", "fsdp")),
     ("activation_embed", None),
     ("activation_heads", "tensor"),

@@ -10,7 +10,7 @@ Novelty comes from the first model, relevance from the second, and n is the dial
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,8 @@ from recexplore.inference.exhaustive import Tree, all_clusters, all_scores
 from recexplore.inference.sampler import Draws, sample
 from recexplore.inference.scoring import score_each
 from recexplore.inference.selection import BestOfN, Candidates, select
-from recexplore.models.attention import Segment
+from recexplore.models.networks import LanguageModel
 from recexplore.models.reward_model import RewardModel
-from recexplore.models.transformer import Transformer
 from recexplore.models.trie import ROOT, Trie, each_once, exclude, num_allowed_below
 
 _DRAWING, _CHOOSING = 0, 1  # what a history's randomness is for
@@ -32,8 +31,8 @@ _DRAWING, _CHOOSING = 0, 1  # what a history's randomness is for
 class Prefixes(NamedTuple):
     """What all prompts begin with, as each model has read it (`context.prefix_cache`)."""
 
-    novelty: Segment
-    alignment: Segment
+    novelty: Any
+    alignment: Any
 
 
 class Batch(NamedTuple):
@@ -88,7 +87,7 @@ def explore_step(
     key: Key[Array, ""],
     *,
     settings: BestOfN,
-    novelty_model: Transformer,
+    novelty_model: LanguageModel,
     alignment_model: RewardModel,
     tree: Tree | None = None,
 ) -> Exploration:

@@ -1,21 +1,28 @@
 """What stands before a continuation, read once: an instruction that all prompts share, a history.
 
+How it is read is the network's own affair (recexplore.models.networks). A Transformer keeps
+
 segment     leading shape   read
 prefix      []              once per parameters, by `prefix_cache`; once per batch of histories that
                             begin alike, where there are many
 history     [B]             once per prompt, by `read_prompts`
 own         [B, …]          by whoever goes on from here
+
+and an EncoderDecoder, which reads a prompt in both directions and so only as a whole,
+
+encoded     [B]             once per prompt, the prefix among it
+start       [B]             the token that its answers begin with
+own         [B, …]          by whoever goes on from here
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from recexplore.models.attention import Segment
+from recexplore.models.attention import Context
 
 
 class Prompts(NamedTuple):
@@ -25,73 +32,32 @@ class Prompts(NamedTuple):
     lengths: Int[Array, "B"]
 
 
-class Context(NamedTuple):
-    """Prompts as a model has read them.
-
-    Attributes:
-      segments: prefix and history.
-      masks: which tokens of them are real, to be broadcast to [B, queries, tokens].
-      lengths: number of real tokens, prefix and history together.
-      last: hidden state of the last one.
-    """
-
-    segments: tuple[Segment, ...]
-    masks: tuple[Bool[Array, "..."], ...]
-    lengths: Int[Array, "B"]
-    last: Float[Array, "B D"]
-
-    def masks_for(self, ndim: int) -> tuple[Bool[Array, "..."], ...]:
-        """The masks for queries with `ndim` leading axes, B the first of them."""
-        return tuple(
-            mask.reshape(mask.shape[0], *(1,) * ndim, mask.shape[-1]) for mask in self.masks
-        )
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def prefix_cache(
     model: nn.Module, params: dict, tokens: Int[Array, "P"], length: Int[Array, ""] | None = None
-) -> Segment:
-    """Keys and values of the beginning that all prompts share.
+) -> Any:
+    """The beginning that all prompts share, as a network has read it.
 
     Args:
-      model: a Transformer or a RewardModel.
+      model: a language model or a RewardModel.
       params: its variables.
       tokens: the beginning; at least one token.
       length: how many of them are real, where they are right-padded.
 
     Returns:
-      The segment; its positions are -1 where the tokens are padding.
+      Of a Transformer the segment of its keys and values, of an EncoderDecoder the tokens; their
+      `positions` are -1 where they are padding.
     """
-    _, segment = model.apply(params, tokens, method="prefill")
-    if length is None:
-        return segment
-    real = jnp.arange(tokens.shape[0]) < length
-    return segment._replace(positions=jnp.where(real, segment.positions, -1))
+    return model.apply(params, tokens, length, method="read_prefix")
 
 
-def read_prompts(model: nn.Module, params: dict, prefix: Segment, prompts: Prompts) -> Context:
+def read_prompts(model: nn.Module, params: dict, prefix: Any, prompts: Prompts) -> Context:
     """Runs prompts through a model, after a prefix that it has read before.
 
     Args:
-      model: a Transformer or a RewardModel.
+      model: a language model or a RewardModel.
       params: its variables.
       prefix: of `prefix_cache`.
       prompts: B prompts; each has at least one token besides the prefix.
     """
-    num_prompts, width = prompts.tokens.shape
-    in_prefix = (prefix.positions >= 0)[None, None]
-    prefix_length = jnp.sum(in_prefix)
-    steps = jnp.arange(width)
-    hidden, history = model.apply(
-        params,
-        prompts.tokens,
-        jnp.broadcast_to(prefix_length + steps[None, :], (num_prompts, width)),
-        (steps[:, None] >= steps[None, :])[None],
-        (prefix,),
-        (in_prefix,),
-        read_at=(prompts.lengths - 1)[:, None],
-        method="extend",
-    )
-    in_history = steps[None, None, :] < prompts.lengths[:, None, None]
-    lengths = prefix_length + prompts.lengths
-    return Context((prefix, history), (in_prefix, in_history), lengths, hidden[:, 0])
+    return model.apply(params, prefix, prompts.tokens, prompts.lengths, method="read_prompts")

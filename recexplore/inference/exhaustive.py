@@ -18,8 +18,8 @@ from recexplore.errors import InputError
 from recexplore.inference.context import Context
 from recexplore.inference.sampler import Draws
 from recexplore.models.attention import Segment
+from recexplore.models.networks import LanguageModel
 from recexplore.models.reward_model import RewardModel
-from recexplore.models.transformer import Transformer
 from recexplore.models.trie import ROOT, Trie, num_allowed_below
 
 _IMPOSSIBLE = -1e30
@@ -127,7 +127,7 @@ def _build_tails(trie: Trie, place: np.ndarray) -> Tails:
 
 
 def all_clusters(
-    model: Transformer,
+    model: LanguageModel,
     params: dict,
     trie: Trie,
     tree: Tree,
@@ -162,7 +162,7 @@ def all_clusters(
 
 
 def node_logits(
-    model: Transformer, params: dict, trie: Trie, tree: Tree, context: Context
+    model: LanguageModel, params: dict, trie: Trie, tree: Tree, context: Context
 ) -> Float[Array, "B others"]:
     """The logit of every node's token, but the root's, after its parent.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from recexplore.inference.context import Context
 from recexplore.models.attention import Segment
-from recexplore.models.transformer import Transformer
+from recexplore.models.networks import LanguageModel
 
 
 class Written(NamedTuple):
@@ -28,7 +28,7 @@ class Written(NamedTuple):
 
 
 def sample_freely(
-    model: Transformer,
+    model: LanguageModel,
     params: dict,
     context: Context,
     keys: Key[Array, "B"],

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from recexplore.errors import InputError
+from recexplore.errors import InputError, gin_name
 from recexplore.inference.best_of_n import Batch, BestOfN, Exploration, Prefixes, explore_step
 from recexplore.inference.context import Prompts, prefix_cache
 from recexplore.inference.exhaustive import Tree, build_tree
+from recexplore.models.networks import LANGUAGE_MODELS
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.saved import abstract_parameters
-from recexplore.models.transformer import Transformer
 from recexplore.models.trie import Trie, token_range
 
 
@@ -27,7 +27,7 @@ class Model(NamedTuple):
     """A network and its parameters.
 
     Attributes:
-      network: a Transformer or a RewardModel.
+      network: a language model (recexplore.models.networks) or a RewardModel.
       params: its variables.
       history_length: clusters of the longest history that it was trained on; None where nothing
         says. Whoever writes its prompts names no more.
@@ -42,7 +42,7 @@ class Ready:
     """A pair of models that has been checked, with what they begin every prompt with read already.
 
     Args:
-      novelty: proposes; a Transformer.
+      novelty: proposes; a language model.
       alignment: scores; a RewardModel.
       prefixes: what the prompts of each begin with: (novelty's tokens, alignment's tokens).
       trie: the descriptions, in numpy.
@@ -65,8 +65,8 @@ class Ready:
         batch_sharding: jax.sharding.Sharding | None = None,
         pad_id: int | None = 0,
     ):
-        check_model("novelty", novelty, Transformer, prefixes[0], trie, pad_id)
-        check_model("alignment", alignment, RewardModel, prefixes[1], trie, pad_id)
+        check_model("novelty", novelty, LANGUAGE_MODELS, prefixes[0], trie, pad_id)
+        check_model("alignment", alignment, (RewardModel,), prefixes[1], trie, pad_id)
         self._pad_id = pad_id
         self._batch_sharding = batch_sharding
         self._models = (novelty, alignment)
@@ -216,7 +216,7 @@ def pad_rows(batch: Batch, shares: int = 1) -> Batch:
 def check_model(
     name: str,
     model: Model,
-    kind: type[nn.Module],
+    kinds: tuple[type[nn.Module], ...],
     prefix: Sequence[int],
     trie: Trie,
     pad_id: int | None = 0,
@@ -226,7 +226,7 @@ def check_model(
     Args:
       name: what error messages call it.
       model: the model.
-      kind: the class that its network must have.
+      kinds: the classes that its network may have.
       prefix: tokens that all prompts begin with.
       trie: the descriptions.
       pad_id: is padding and therefore no token of the prefix; None where every id may be one.
@@ -234,9 +234,10 @@ def check_model(
     Raises:
       InputError: see `Ready`.
     """
-    if not isinstance(model.network, kind):
+    if not isinstance(model.network, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
         raise InputError(
-            f"The {name} model is a {type(model.network).__name__}; it must be a {kind.__name__}. "
+            f"The {name} model is a {type(model.network).__name__}; it must be a {wanted}. "
             "Are two models swapped?"
         )
     _check_parameters(name, model)
@@ -287,7 +288,7 @@ def _check_room(name: str, model: Model, prefix: Sequence[int], trie: Trie) -> N
     if len(prefix) + trie.max_length >= config.max_length:
         raise InputError(
             f"The {name} model's context of {config.max_length} tokens "
-            f"(transformer.TransformerConfig.max_length) has no room for a prompt beside a prefix "
+            f"({gin_name(type(config))}.max_length) has no room for a prompt beside a prefix "
             f"of {len(prefix)} and a description of {trie.max_length}."
         )
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from recexplore.inference.context import Context
 from recexplore.models.attention import Segment
-from recexplore.models.transformer import Transformer
+from recexplore.models.networks import LanguageModel
 from recexplore.models.trie import (
     ROOT,
     Level,
@@ -107,7 +107,7 @@ class _Choices(NamedTuple):
 
 
 def sample(
-    model: Transformer,
+    model: LanguageModel,
     params: dict,
     trie: Trie,
     context: Context,
@@ -189,7 +189,7 @@ def _has_choice(trie: Trie, excluded: Int[Array, "B X"], paths: _Paths) -> Bool[
 
 
 def _read(
-    model: Transformer,
+    model: LanguageModel,
     params: dict,
     trie: Trie,
     level: Level,
@@ -231,7 +231,7 @@ def _read(
 
 
 def _choices(
-    model: Transformer,
+    model: LanguageModel,
     params: dict,
     trie: Trie,
     level: Level,

@@ -45,12 +45,35 @@ class Segment(NamedTuple):
     positions: Int[Array, "*leading T"]
 
 
+class Context(NamedTuple):
+    """Prompts as a network has read them: what stands before a continuation.
+
+    Attributes:
+      segments: what continuations look at, as the network's `extend` takes it.
+      masks: which tokens of them are real, to be broadcast to [B, queries, tokens].
+      lengths: the position of a continuation's first token.
+      last: the hidden state before it.
+    """
+
+    segments: tuple[Segment, ...]
+    masks: tuple[Bool[Array, "..."], ...]
+    lengths: Int[Array, "B"]
+    last: Float[Array, "B D"]
+
+    def masks_for(self, ndim: int) -> tuple[Bool[Array, "..."], ...]:
+        """The masks for queries with `ndim` leading axes, B the first of them."""
+        return tuple(
+            mask.reshape(mask.shape[0], *(1,) * ndim, mask.shape[-1]) for mask in self.masks
+        )
+
+
 def attend(
     queries: Float[Array, "*batch T H head_dim"],
     segments: tuple[KeyValues, ...],
     masks: tuple[Bool[Array, "..."], ...],
     softcap: float = 0.0,
     scale: float = 0.0,
+    biases: tuple[Float[Array, "H ..."], ...] | None = None,
 ) -> Float[Array, "*batch T H head_dim"]:
     """Grouped-query attention of `queries` to all segments at once.
 
@@ -61,6 +84,8 @@ def attend(
         query may look. A query that may look nowhere gets the mean of all values.
       softcap: logits x become softcap · tanh(x / softcap) (Gemma 2); 0 leaves them as they are.
       scale: factor of the logits, before the softcap; 0 is head_dim ** -0.5.
+      biases: for every segment what is added to the logits, after the softcap; broadcasts to
+        [H, *batch, T, T of the segment]. None: nothing.
 
     Returns:
       The attended values, in the queries' dtype; the softmax is computed in float32.
@@ -71,11 +96,17 @@ def attend(
     beside = tuple(_insert_head(mask, len(batch)) for mask in masks)
     scale = scale or head_dim**-0.5
 
-    def of_group(queries, segments):
-        return _attend_group(queries, segments, beside, softcap, scale)
+    if biases is not None:  # [G, R, *batch, T, S], with as many axes as the queries have
+        biases = tuple(
+            jnp.reshape(x, (num_groups, -1, *(1,) * (len(batch) + 3 - x.ndim), *x.shape[1:]))
+            for x in biases
+        )
+
+    def of_group(queries, segments, biases):
+        return _attend_group(queries, segments, beside, softcap, scale, biases)
 
     # One group at a time as a reader sees it; the batched axis comes first, as products want it.
-    mixed = jax.vmap(of_group, in_axes=(-3, -2), out_axes=-3)(grouped, segments)
+    mixed = jax.vmap(of_group, in_axes=(-3, -2, 0), out_axes=-3)(grouped, segments, biases)
     return mixed.reshape(*batch, num_queries, num_heads, head_dim)
 
 
@@ -85,14 +116,17 @@ def _attend_group(
     masks: tuple[Bool[Array, "..."], ...],
     softcap: float,
     scale: float,
+    biases: tuple[Float[Array, "R ..."], ...] | None,
 ) -> Float[Array, "*batch T R head_dim"]:
     """R heads that share keys and values, whose axis G is gone; masks broadcast to [*batch, T, R,
-    T of the segment]."""
+    T of the segment], biases to [R, *batch, T, T of the segment]."""
     blocks = []
-    for segment, mask in zip(segments, masks, strict=True):
+    for place, (segment, mask) in enumerate(zip(segments, masks, strict=True)):
         scores = _scores(queries, segment.keys) * scale
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
+        if biases is not None:
+            scores = scores + jnp.moveaxis(biases[place], 0, -2).astype(scores.dtype)
         blocks.append(jnp.where(mask, scores, _MASKED))
     highest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in blocks])
     highest = jax.lax.stop_gradient(highest)  # whatever it is, the quotient is the same
@@ -119,6 +153,17 @@ def _mix(weights: Array, values: Array) -> Array:
     return jnp.einsum(
         f"{batch}trs,{shared}sd->{batch}trd", weights, values, preferred_element_type=jnp.float32
     )
+
+
+def beside(positions: Int[Array, "*leading S"], ndim: int) -> Int[Array, "..."]:
+    """[*leading, S] → [*leading, 1 …, 1, S], to be subtracted from [*batch, T, 1].
+
+    Args:
+      positions: of a segment.
+      ndim: axes of the queries' positions [*batch, T].
+    """
+    *leading, length = positions.shape
+    return positions.reshape(*leading, *(1,) * (ndim - len(leading)), length)
 
 
 def _names(count: int) -> str:

@@ -49,19 +49,29 @@ class StoredTensor(NamedTuple):
             ) from error
 
 
-def stored_tensors(folder: Path, pictures: bool = False) -> dict[str, StoredTensor]:
+def stored_tensors(
+    folder: Path, pictures: bool = False, has_encoder: bool = False
+) -> dict[str, StoredTensor]:
     """Every tensor of the language model in a folder, from the files' headers.
 
     Args:
       folder: has model.safetensors, or several files and their index.
       pictures: the folder holds a vision tower too, which is left out.
+      has_encoder: the language model is one of the T5 family.
 
     Returns:
-      Tensors by the name they have in a folder of a language model alone: "model.layers.0.…".
+      Tensors by the name they have in a folder of a language model alone: "model.layers.0.…"; T5's
+      as the files have them.
 
     Raises:
       InputError: a file is missing, truncated or damaged, or lacks what the index says.
     """
+    found = _all_tensors(folder)
+    return found if has_encoder else _of_language_model(folder, found, pictures)
+
+
+def _all_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """By the names in the files."""
     found = {}
     for file, expected in _files(folder).items():
         tensors = _read_header(file)
@@ -72,6 +82,12 @@ def stored_tensors(folder: Path, pictures: bool = False) -> dict[str, StoredTens
                     "Download both again."
                 )
         found |= tensors
+    return found
+
+
+def _of_language_model(
+    folder: Path, found: dict[str, StoredTensor], pictures: bool
+) -> dict[str, StoredTensor]:
     starts = [prefix for prefix in _PREFIXES if f"{prefix}{EMBEDDING_TABLE}" in found]
     if not starts:
         raise InputError(

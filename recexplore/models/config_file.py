@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recexplore.errors import InputError
-from recexplore.models import rope_spellings
+from recexplore.errors import InputError, gin_name
+from recexplore.models import rope_spellings, t5_config_file
+from recexplore.models.encoder_decoder import EncoderDecoderConfig
 from recexplore.models.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -24,10 +25,12 @@ from recexplore.models.families import (
     effective,
     repeating,
 )
+from recexplore.models.networks import Config
 from recexplore.models.rope_spellings import dictionary_at
 from recexplore.models.transformer import TransformerConfig
 
 CONFIG_FILE = "config.json"
+_NO_END = (1 << 31) - 1  # relative positions reach any distance
 _MUST_BE_OFF = (
     "attention_bias",  # would give the output projection a bias too
     "attention_dropout",
@@ -54,7 +57,7 @@ class Said(NamedTuple):
 
     Attributes:
       path: the file.
-      family: key of FAMILIES.
+      family: key of FAMILIES or of `t5_config_file.FAMILIES`.
       values: its entries, and the family's defaults for those that it lacks.
       pictures: the language model is a part of Gemma 3 with a vision tower, which isn't read.
     """
@@ -78,18 +81,31 @@ class Said(NamedTuple):
             )
         return value
 
+    @property
+    def kind(self) -> type[Config]:
+        """What describes such a network here."""
+        return EncoderDecoderConfig if self.family in t5_config_file.FAMILIES else TransformerConfig
+
+    def unknown(self, key: str) -> InputError:
+        """The error that nobody knows what an entry means."""
+        return self.refuse(
+            key,
+            f"recexplore doesn't know what that means for a {self.family} model. If it changes "
+            "nothing in what the network computes, remove it from the file",
+        )
+
     def refuse(self, key: str, why: str) -> InputError:
         """The error that an entry isn't supported."""
         return InputError(f"{self.path} has {key} {self.values.get(key)!r}; {why}.")
 
 
-def read_config(folder: Path | str, max_length: int, **settings: Any) -> TransformerConfig:
+def read_config(folder: Path | str, max_length: int, **settings: Any) -> Config:
     """The configuration of the network in a Hugging Face folder.
 
     Args:
       folder: has config.json.
       max_length: longest sequence that it will be asked to read.
-      **settings: fields of TransformerConfig that the folder doesn't decide, such as dtype,
+      **settings: fields of the configuration that the folder doesn't decide, such as dtype,
         param_dtype, remat, dropout_rate or lora_rank.
 
     Raises:
@@ -98,19 +114,19 @@ def read_config(folder: Path | str, max_length: int, **settings: Any) -> Transfo
     """
     said = read_file(Path(folder))
     fields = _fields(said)
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    known = {field.name for field in dataclasses.fields(said.kind)}
     for name in settings:
         if name not in known - {*fields, "max_length"}:
             raise InputError(
-                f"config_file.read_config got {name}; settings are fields of TransformerConfig "
+                f"config_file.read_config got {name}; settings are fields of {said.kind.__name__} "
                 f"that {said.path} doesn't decide: "
                 f"{', '.join(sorted(known - {*fields, 'max_length'}))}."
             )
     _check_length(said, max_length)
-    return TransformerConfig(**fields, max_length=max_length, **settings)
+    return said.kind(**fields, max_length=max_length, **settings)
 
 
-def check_config(folder: Path | str, config: TransformerConfig) -> None:
+def check_config(folder: Path | str, config: Config) -> None:
     """Checks that a configuration is that of the network in a Hugging Face folder.
 
     Args:
@@ -122,13 +138,15 @@ def check_config(folder: Path | str, config: TransformerConfig) -> None:
     """
     said = read_file(Path(folder))
     fields = _fields(said)
-    wanted = TransformerConfig(**fields, max_length=config.max_length)
+    _check_kind(said, gin_name(type(config)))
+    wanted = said.kind(**fields, max_length=config.max_length)
+    keys = t5_config_file.KEYS if wanted.has_encoder else KEYS
     different = []
     for name in fields:
         if not _same(name, config, wanted):
-            key = f" ({KEYS[name]})" if name in KEYS else ""
+            key = f" ({keys[name]})" if name in keys else ""
             different.append(
-                f"transformer.TransformerConfig.{name} is {getattr(config, name)!r}, but "
+                f"{gin_name(said.kind)}.{name} is {getattr(config, name)!r}, but "
                 f"{said.path} has {getattr(wanted, name)!r}{key}"
             )
     if different:
@@ -140,6 +158,19 @@ def check_config(folder: Path | str, config: TransformerConfig) -> None:
             )
         raise InputError(f"{'; '.join(different)}. Bind what the file has.{hint}")
     _check_length(said, config.max_length)
+
+
+def check_kind(folder: Path | str, name: str) -> None:
+    """Checks that a configuration is of the kind that the network in a Hugging Face folder has.
+
+    Args:
+      folder: has config.json.
+      name: of its class, as gin files call it.
+
+    Raises:
+      InputError: it isn't; or as `read_config`.
+    """
+    _check_kind(read_file(Path(folder)), name)
 
 
 def embedding_rows(folder: Path | str) -> int:
@@ -187,10 +218,12 @@ def read_file(folder: Path) -> Said:
         if "tie_word_embeddings" in outer:
             entries["tie_word_embeddings"] = outer["tie_word_embeddings"]
         kind = entries.setdefault("model_type", "gemma3_text")
+    if kind in t5_config_file.FAMILIES:
+        return Said(path, kind, t5_config_file.fill_in(entries), pictures)
     if kind not in FAMILIES:
         raise InputError(
             f"{path} has model_type {kind!r}, which isn't supported. Supported are: "
-            f"{', '.join(FAMILIES)}, gemma3."
+            f"{', '.join((*FAMILIES, 'gemma3', *t5_config_file.FAMILIES))}."
         )
     said = Said(path, kind, {**FAMILIES[kind].defaults, **entries}, pictures)
     heads = said.get("num_attention_heads", int, 1)
@@ -202,7 +235,9 @@ def read_file(folder: Path) -> Said:
 
 
 def _fields(said: Said) -> dict[str, Any]:
-    """The fields of TransformerConfig that a config.json decides, and nothing left unread."""
+    """The fields of the configuration that a config.json decides, and nothing left unread."""
+    if said.family in t5_config_file.FAMILIES:
+        return t5_config_file.fields(said, _SAYS_NOTHING)
     _check_keys(said)
     values, family = said.values, FAMILIES[said.family]
     activation = "hidden_activation" if "hidden_activation" in family.keys else "hidden_act"
@@ -228,6 +263,17 @@ def _fields(said: Said) -> dict[str, Any]:
     return fields
 
 
+def _check_kind(said: Said, name: str) -> None:
+    wanted = gin_name(said.kind)
+    if name != wanted:
+        network = wanted.removesuffix("Config")
+        raise InputError(
+            f"{said.path} is a {said.family} model's, whose configuration is {wanted}, not {name}. "
+            f"Bind pipeline.train.make_config = @{wanted} and, for novelty models, "
+            f"pipeline.train.make_network = @{network}."
+        )
+
+
 def _check_keys(said: Said) -> None:
     """Nothing in the file may be off the list, unless it's null."""
     known = {
@@ -236,11 +282,7 @@ def _check_keys(said: Said) -> None:
     }
     for key, value in said.values.items():
         if key not in known and not key.startswith("_") and value is not None:
-            raise said.refuse(
-                key,
-                f"recexplore doesn't know what that means for a {said.family} model. If it changes "
-                "nothing in what the network computes, remove it from the file",
-            )
+            raise said.unknown(key)
     for key in _MUST_BE_OFF:
         if said.values.get(key) and (key, said.family) != ("attention_bias", "qwen2"):
             raise said.refuse(key, "the network has nothing like it, so that must be off")
@@ -291,11 +333,16 @@ def _check_length(said: Said, max_length: int) -> None:
 
 
 def _longest(said: Said) -> int:
+    if said.family in t5_config_file.FAMILIES:
+        return _NO_END
     return said.get("max_position_embeddings", int, 1)
 
 
-def _same(field: str, config: TransformerConfig, wanted: TransformerConfig) -> bool:
-    ours, theirs = effective(field, config), effective(field, wanted)
+def _same(field: str, config: Config, wanted: Config) -> bool:
+    if wanted.has_encoder:
+        ours, theirs = getattr(config, field), getattr(wanted, field)
+    else:
+        ours, theirs = effective(field, config), effective(field, wanted)
     if isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     return ours == theirs

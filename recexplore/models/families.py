@@ -4,7 +4,8 @@ import math
 from typing import Any, NamedTuple
 
 from recexplore.errors import InputError
-from recexplore.models import rope_spellings
+from recexplore.models import rope_spellings, t5_config_file
+from recexplore.models.networks import Config
 from recexplore.models.transformer import TransformerConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -118,12 +119,14 @@ FAMILIES = {
 }
 
 
-def family_of(config: TransformerConfig) -> str:
+def family_of(config: Config) -> str:
     """The model_type of transformers that computes what a configuration says.
 
     Raises:
       InputError: none does; naming the field that is in the way.
     """
+    if config.has_encoder:
+        return t5_config_file.family_of(config)
     if config.norm_offset == 1.0:
         name = "gemma3_text" if config.qk_norm else "gemma2"
     elif config.qk_norm:
@@ -145,7 +148,7 @@ def family_of(config: TransformerConfig) -> str:
     return name
 
 
-def config_json(config: TransformerConfig) -> dict[str, Any]:
+def config_json(config: Config) -> dict[str, Any]:
     """The entries of the config.json that describes a network to transformers.
 
     Entries of rotary positions are written in the spelling of transformers 5 and in the one before.
@@ -153,6 +156,8 @@ def config_json(config: TransformerConfig) -> dict[str, Any]:
     Raises:
       InputError: as `family_of`.
     """
+    if config.has_encoder:
+        return t5_config_file.config_json(config)
     name = family_of(config)
     entries = {
         "architectures": [FAMILIES[name].architecture],

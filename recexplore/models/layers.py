@@ -99,9 +99,9 @@ class Attention(nn.Module):
         reader, at = x, sight
         if read_at is not None:
             reader, at = take_tokens(x, read_at), sight.at(read_at)
-        queries = _project(self, reader, "query", embed, heads, c.attention_bias)
-        keys = _project(self, x, "key", embed, groups, c.attention_bias)
-        values = _project(self, x, "value", embed, groups, c.attention_bias)
+        queries = project(self, reader, "query", embed, heads, c.attention_bias)
+        keys = project(self, x, "key", embed, groups, c.attention_bias)
+        values = project(self, x, "value", embed, groups, c.attention_bias)
         if c.qk_norm:
             queries = RMSNorm(c, "kv", name="query_norm")(queries)
             keys = RMSNorm(c, "kv", name="key_norm")(keys)
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         masks = at.masks_within(window)
         mixed = attend(queries, (*context, own), masks, c.attention_softcap, c.attention_scale)
         mixed = constrain(mixed, *places)
-        return _project(self, mixed, "out", heads, embed), own
+        return project(self, mixed, "out", heads, embed), own
 
 
 class GatedMLP(nn.Module):
@@ -125,10 +125,10 @@ class GatedMLP(nn.Module):
     def __call__(self, x):
         c = self.config
         embed, hidden = {"embed": c.model_dim}, {"mlp": c.mlp_dim}
-        gate = ACTIVATIONS[c.activation](_project(self, x, "wi_0", embed, hidden))
-        gated = gate * _project(self, x, "wi_1", embed, hidden)
+        gate = ACTIVATIONS[c.activation](project(self, x, "wi_0", embed, hidden))
+        gated = gate * project(self, x, "wi_1", embed, hidden)
         gated = constrain(gated, "activation_batch", None, "activation_mlp")
-        return _project(self, gated, "wo", hidden, embed)
+        return project(self, gated, "wo", hidden, embed)
 
 
 class Block(nn.Module):
@@ -198,37 +198,55 @@ def take_tokens(x: Array, places: Int[Array, "*batch R"]) -> Array:
     return jnp.take_along_axis(x, places[..., None], axis=-2)
 
 
-def _project(
+def project(
     module: nn.Module,
     x: Array,
     name: str,
     inputs: dict[str, int],
     outputs: dict[str, int],
     bias: bool = False,
+    spread: float = 1.0,
 ) -> Array:
     """x times the kernel `name`, over the axes `inputs`: logical name → size, in order.
 
+    It starts at random with the standard deviation `spread` over the root of the inputs' number.
+
     With LoRA (Hu et al. 2022) it is x W + scale · (x A) B; A and B are never multiplied together,
     so that a step costs no product of the kernel's size more.
+
+    Args:
+      module: has the kernel.
+      x: [*batch, *inputs].
+      name: of the kernel.
+      inputs: axes that are summed over.
+      outputs: axes of the result.
+      bias: whether something is added.
+      spread: see above.
     """
     c, zeros = module.config, nn.initializers.zeros
-    spread = nn.initializers.normal(stddev=math.prod(inputs.values()) ** -0.5)
-    y = _product(x, _parameter(module, name, inputs | outputs, spread), len(inputs))
+    narrow = nn.initializers.normal(stddev=math.prod(inputs.values()) ** -0.5)
+    kernel = nn.initializers.normal(stddev=spread * math.prod(inputs.values()) ** -0.5)
+    y = product(x, parameter(module, name, inputs | outputs, kernel), len(inputs))
     if bias:
-        added = _parameter(module, f"{name}_bias", outputs, zeros)
+        added = parameter(module, f"{name}_bias", outputs, zeros)
         y = y + added.reshape((1,) * (y.ndim - added.ndim) + added.shape)
     if c.lora_rank and name in c.lora_targets:
         rank = {"lora_rank": c.lora_rank}
-        low = _product(x, _adapter(module, f"{name}_a", inputs | rank, spread), len(inputs))
-        high = _product(low, _adapter(module, f"{name}_b", rank | outputs, zeros), 1)
+        low = product(x, _adapter(module, f"{name}_a", inputs | rank, narrow), len(inputs))
+        high = product(low, _adapter(module, f"{name}_b", rank | outputs, zeros), 1)
         y = y + c.lora_scale * high
     return y
 
 
-def _product(x: Array, kernel: Array, axes: int) -> Array:
+def product(x: Array, kernel: Array, axes: int) -> Array:
     """jnp.tensordot(x, kernel, axes) as one product of two matrices.
 
     XLA's gradient of a product with several batch axes takes half as long again on a CPU.
+
+    Args:
+      x: [*batch, *inputs].
+      kernel: [*inputs, *outputs].
+      axes: how many axes the inputs have.
     """
     *batch, inputs = *x.shape[: x.ndim - axes], math.prod(kernel.shape[:axes])
     outputs = kernel.shape[axes:]
@@ -236,11 +254,17 @@ def _product(x: Array, kernel: Array, axes: int) -> Array:
     return y.reshape(*batch, *outputs)
 
 
-def _parameter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
+def parameter(module: nn.Module, name: str, axes: dict[str, int], initializer: Any) -> Array:
     """A parameter with its logical axes, cast to the computation's dtype.
 
     It is cast where it lies: what devices then send each other is half as much in bfloat16, and so
     are their gradients.
+
+    Args:
+      module: has it.
+      name: of it.
+      axes: logical name → size, in order.
+      initializer: what it starts as.
     """
     boxed = nn.with_logical_partitioning(initializer, tuple(axes))
     c = module.config

@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from recexplore.errors import InputError
+from recexplore.models.networks import Config
 from recexplore.models.transformer import TransformerConfig
 
 _FROZEN = {"token_embedder", "logits_dense", "decoder_norm", "layers"}
 
 
-def is_trained(path: tuple[str, ...], config: TransformerConfig) -> bool:
+def is_trained(path: tuple[str, ...], config: Config) -> bool:
     """Whether the variable at `path` is trained.
 
     With LoRA: the adapters, and what a network has beside its transformer, as a reward model's
@@ -34,7 +35,7 @@ def is_trained(path: tuple[str, ...], config: TransformerConfig) -> bool:
     return not config.lora_rank or path[0] == "lora" or not _FROZEN & set(path)
 
 
-def split(variables: dict[str, Any], config: TransformerConfig) -> tuple[dict, dict]:
+def split(variables: dict[str, Any], config: Config) -> tuple[dict, dict]:
     """Variables → those that are trained, and the frozen rest; each keeps its path.
 
     Args:

@@ -23,7 +23,8 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from recexplore.distributed.partitioning import check_shapes
-from recexplore.errors import InputError
+from recexplore.errors import InputError, gin_name
+from recexplore.models import t5_names, tensor_names
 from recexplore.models.checkpoint_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -38,23 +39,21 @@ from recexplore.models.config_file import (
     read_file,
 )
 from recexplore.models.families import config_json, family_of
+from recexplore.models.networks import Config
 from recexplore.models.placing import BLOCK_BYTES, place
-from recexplore.models.tensor_names import (
-    EMBEDDING_TABLE,
-    MODEL,
-    OUTPUT_TABLE,
-    Tensor,
-    axis_sizes,
-    tensor_names,
-)
-from recexplore.models.transformer import TransformerConfig
+from recexplore.models.tensor_names import OUTPUT_TABLE, Tensor
 
 _SHARD_BYTES = 2 * 10**9
+_T5_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_UNUSED = (  # ends of names of what old files have and no network reads
+    "rotary_emb.inv_freq",
+    "EncDecAttention.relative_attention_bias.weight",
+)
 # transformers takes another model's ids where a config.json says nothing.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
-def check_folder(folder: Path | str) -> TransformerConfig:
+def check_folder(folder: Path | str) -> Config:
     """Checks all of a Hugging Face folder that can be told without reading a tensor.
 
     Args:
@@ -72,8 +71,8 @@ def check_folder(folder: Path | str) -> TransformerConfig:
     return config
 
 
-def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -> dict[str, Any]:
-    """The parameters in a Hugging Face folder, as `Transformer` takes them.
+def load(folder: Path | str, config: Config, shardings: Any = None) -> dict[str, Any]:
+    """The parameters in a Hugging Face folder, as the network takes them.
 
     Every process reads only what its own devices hold. Beside the arrays themselves no more than
     one device's piece of one parameter is in the host's memory; on CPU the piece becomes the array.
@@ -94,9 +93,10 @@ def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -
     folder = Path(folder)
     check_config(folder, config)
     table, stored = _stored(folder, config)
-    sizes = axis_sizes(config)
-    if config.tied_embeddings and OUTPUT_TABLE in stored:
-        _check_tied(stored[OUTPUT_TABLE], stored[MODEL + EMBEDDING_TABLE])
+    sizes = _axis_sizes(config)
+    for copy in _copies(config):
+        if copy in stored:
+            _check_copy(stored[copy], stored[table["token_embedder"].name], config)
     abstract = _abstract(table, config)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = dict.fromkeys(abstract, here)
@@ -105,7 +105,7 @@ def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -
         placed = flatten_dict(shardings["params"], sep="/")
     params = {}
     for path, tensor in table.items():
-        sources = [stored[name] for name in tensor.names(config.num_layers)]
+        sources = [stored[name] for name in tensor.names(sizes)]
         params[path] = place(tensor, sources, abstract[path], placed[path], sizes)
     return {"params": unflatten_dict(params, sep="/")}
 
@@ -113,7 +113,7 @@ def load(folder: Path | str, config: TransformerConfig, shardings: Any = None) -
 def save(
     folder: Path | str,
     params: Mapping[str, Any],
-    config: TransformerConfig,
+    config: Config,
     tokenizer_files: Sequence[Path | str] = (),
     shard_bytes: int = _SHARD_BYTES,
     *,
@@ -128,7 +128,7 @@ def save(
 
     Args:
       folder: made; an earlier export there is replaced.
-      params: {"params": …} of `Transformer`; written in config.param_dtype.
+      params: {"params": …} of the network; written in config.param_dtype.
       config: of the network; `family_of` must know it.
       tokenizer_files: copied into the folder; generation_config.json may be among them.
       shard_bytes: of tensors in one file, if a single tensor isn't larger.
@@ -145,15 +145,17 @@ def save(
         folder holds something else.
     """
     folder = Path(folder)
-    table = tensor_names(family_of(config), config.tied_embeddings)
+    table = _table(family_of(config), config)
     context_length = config.max_length if context_length is None else context_length
     if context_length < config.max_length:
         raise InputError(
             f"The context length to export is {context_length}, but "
             f"transformer.TransformerConfig.max_length is {config.max_length} already."
         )
-    entries = {**config_json(config), **_NO_TOKENS, **token_ids}
-    entries["max_position_embeddings"], dtype = context_length, config.param_dtype
+    entries = {**_NO_TOKENS, **config_json(config), **token_ids}
+    if not config.has_encoder:  # whose relative positions have no end
+        entries["max_position_embeddings"] = context_length
+    dtype = config.param_dtype
     flat = _checked_parameters(params, _abstract(table, config))
     _check_destination(folder, tokenizer_files)
     shards = _shards(table, config, shard_bytes)
@@ -187,28 +189,42 @@ def save(
         multihost_utils.sync_global_devices(f"saved {folder}")
 
 
-def _abstract(
-    table: Mapping[str, Tensor], config: TransformerConfig
-) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract(table: Mapping[str, Tensor], config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the network's parameters by path."""
-    sizes = axis_sizes(config)
-    shapes = {}
-    for path, tensor in table.items():
-        layers = [config.num_layers] if tensor.in_layers else []
-        shapes[path] = jax.ShapeDtypeStruct(
-            (*layers, *(sizes[axis] for axis in tensor.kept)), config.param_dtype
-        )
-    return shapes
+    sizes = _axis_sizes(config)
+    return {
+        path: jax.ShapeDtypeStruct(tensor.kept_shape(sizes), config.param_dtype)
+        for path, tensor in table.items()
+    }
 
 
-def _stored(
-    folder: Path, config: TransformerConfig
-) -> tuple[Mapping[str, Tensor], dict[str, StoredTensor]]:
+def _table(family: str, config: Config) -> Mapping[str, Tensor]:
+    """Every parameter's tensor."""
+    if config.has_encoder:
+        return t5_names.tensor_names(config)
+    return tensor_names.tensor_names(family, config.tied_embeddings)
+
+
+def _axis_sizes(config: Config) -> dict[str, int]:
+    return (t5_names if config.has_encoder else tensor_names).axis_sizes(config)
+
+
+def _copies(config: Config) -> list[str]:
+    """Tensors that may stand beside the embedding table, and must be copies of it."""
+    copies = [OUTPUT_TABLE] if config.tied_embeddings else []
+    return [*copies, *_T5_COPIES] if config.has_encoder else copies
+
+
+def _stored(folder: Path, config: Config) -> tuple[Mapping[str, Tensor], dict[str, StoredTensor]]:
     """Which parameters there are by path, and the folder's tensors by name, which fit them."""
     said = read_file(folder)
-    stored = stored_tensors(folder, said.pictures)
-    table = tensor_names(said.family, config.tied_embeddings)
-    _check_tensors(folder, stored, table, axis_sizes(config), config)
+    stored = stored_tensors(folder, said.pictures, config.has_encoder)
+    table = _table(said.family, config)
+    if config.has_encoder:  # of equal tensors transformers stores one, whichever comes first
+        there = [name for name in _T5_COPIES if name in stored]
+        if there and t5_names.EMBEDDING_TABLE not in stored:
+            stored[t5_names.EMBEDDING_TABLE] = stored[there[0]]
+    _check_tensors(folder, stored, table, _axis_sizes(config), config)
     return table, stored
 
 
@@ -217,18 +233,18 @@ def _check_tensors(
     stored: Mapping[str, StoredTensor],
     table: Mapping[str, Tensor],
     sizes: Mapping[str, int],
-    config: TransformerConfig,
+    config: Config,
 ) -> None:
     """Every tensor is there, in the right shape, and no other."""
     expected = {
         name: tensor.stored_shape(sizes)
         for tensor in table.values()
-        for name in tensor.names(config.num_layers)
+        for name in tensor.names(sizes)
     }
     if OUTPUT_TABLE in expected and OUTPUT_TABLE not in stored:
         raise InputError(
             f"{folder} lacks the tensor {OUTPUT_TABLE}, so its embeddings are tied, but "
-            "transformer.TransformerConfig.tied_embeddings is False, as tie_word_embeddings is in "
+            f"{gin_name(type(config))}.tied_embeddings is False, as tie_word_embeddings is in "
             f"{CONFIG_FILE}. The folder's files don't belong together; download them again."
         )
     missing = [name for name in expected if name not in stored]
@@ -241,12 +257,12 @@ def _check_tensors(
         if stored[name].shape != shape:
             raise InputError(
                 f"{stored[name].file}: {stored[name].name} has shape {stored[name].shape}, but "
-                f"{CONFIG_FILE} and transformer.TransformerConfig make it {shape}. The folder's "
+                f"{CONFIG_FILE} and {gin_name(type(config))} make it {shape}. The folder's "
                 "files don't belong together; download them again."
             )
-    known = {*expected, OUTPUT_TABLE}  # which may be a copy of tied embeddings
+    known = {*expected, OUTPUT_TABLE, *_copies(config)}
     extra = [stored[name] for name in stored if name not in known]
-    extra = [tensor for tensor in extra if not tensor.name.endswith("rotary_emb.inv_freq")]
+    extra = [tensor for tensor in extra if not tensor.name.endswith(_UNUSED)]
     if extra:
         raise InputError(
             f"{extra[0].file} has tensors that the network of {CONFIG_FILE} doesn't: "
@@ -254,17 +270,22 @@ def _check_tensors(
         )
 
 
-def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
+def _check_copy(output: StoredTensor, embedding: StoredTensor, config: Config) -> None:
     """An output table beside tied embeddings must be a copy of them."""
     same = output.shape == embedding.shape
     rows = max(1, BLOCK_BYTES // (4 * output.shape[-1]))
     for start in range(0, output.shape[0] if same else 0, rows):
         part = (slice(start, min(start + rows, output.shape[0])),)
         same = same and np.array_equal(output.read(part), embedding.read(part))
+    if not same and output.name in _T5_COPIES:
+        raise InputError(
+            f"{output.file}: {output.name} isn't {embedding.name}, but encoder and decoder share "
+            "one embedding table. It isn't a T5 that recexplore can read."
+        )
     if not same:
         raise InputError(
             f"{output.file}: {output.name} isn't {embedding.name}, but "
-            "transformer.TransformerConfig.tied_embeddings is True, as tie_word_embeddings is in "
+            f"{gin_name(type(config))}.tied_embeddings is True, as tie_word_embeddings is in "
             f"{CONFIG_FILE}. Set both to false, or remove the tensor."
         )
 
@@ -311,17 +332,17 @@ def _check_destination(folder: Path, tokenizer_files: Sequence[Path | str]) -> N
 
 
 def _shards(
-    table: Mapping[str, Tensor], config: TransformerConfig, shard_bytes: int
+    table: Mapping[str, Tensor], config: Config, shard_bytes: int
 ) -> list[dict[str, tuple[str, int]]]:
     """What is in each file: the tensor's name → the parameter's path and the layer."""
-    sizes, width = axis_sizes(config), np.dtype(config.param_dtype).itemsize
+    sizes, width = _axis_sizes(config), np.dtype(config.param_dtype).itemsize
     shards: list[dict[str, tuple[str, int]]] = [{}]
     filled = 0
     # Layer by layer, as such folders usually are: whoever wants some layers reads some files.
     tensors = [
         (layer, path, name, tensor)
         for path, tensor in table.items()
-        for layer, name in enumerate(tensor.names(config.num_layers))
+        for layer, name in enumerate(tensor.names(sizes))
     ]
     for layer, path, name, tensor in sorted(tensors, key=lambda row: row[0]):
         size = math.prod(tensor.stored_shape(sizes)) * width

@@ -1,4 +1,4 @@
-"""A transformer with a head that judges a whole sequence: its score."""
+"""A language model with a head that judges a whole sequence: its score."""
 
 import flax.linen as nn
 import jax
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from recexplore.errors import InputError
-from recexplore.models.transformer import Transformer, TransformerConfig
+from recexplore.models.networks import Config, language_model
 
 HEADS = ("scalar", "bins", "ordinal")
 _LEAST_GAP = 1e-4  # between thresholds, so that no bin's probability can become 0
@@ -27,13 +27,13 @@ class RewardModel(nn.Module):
         again the expected label's logit, rises with w·h.
 
     Attributes:
-      config: sizes of the transformer.
+      config: sizes of the language model.
       head: one of `HEADS`.
       num_bins: labels that the heads bins and ordinal tell apart. (num_bins − 1) times
         `collective.collective_feedback.rounding` should be 1, so that every label has its own bin.
     """
 
-    config: TransformerConfig
+    config: Config
     head: str = "scalar"
     num_bins: int = 21
 
@@ -50,7 +50,7 @@ class RewardModel(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        self.transformer = Transformer(self.config)
+        self.transformer = language_model(self.config)
         width = (self.num_bins,) if self.head == "bins" else ()
         axes = ("embed", None) if self.head == "bins" else ("embed",)
         initializer = nn.with_logical_partitioning(nn.initializers.zeros, axes)
@@ -65,18 +65,31 @@ class RewardModel(nn.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], deterministic: bool = True
     ) -> Float[Array, "B"]:
-        """Scores right-padded sequences of `lengths` tokens."""
+        """Scores right-padded sequences of `lengths` tokens; not with an encoder, to which it isn't
+        said where a prompt ends."""
         hidden, _ = self.transformer.prefill(tokens, deterministic)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.score(last)
 
     def prefill(self, tokens, deterministic: bool = True):
-        """`Transformer.prefill` of the model's own transformer."""
+        """`prefill` of the model's own language model."""
         return self.transformer.prefill(tokens, deterministic)
 
     def extend(self, *args, **kwargs):
-        """`Transformer.extend` of the model's own transformer."""
+        """`extend` of the model's own language model."""
         return self.transformer.extend(*args, **kwargs)
+
+    def read_prefix(self, tokens, length=None):
+        """`read_prefix` of the model's own language model."""
+        return self.transformer.read_prefix(tokens, length)
+
+    def read_prompts(self, prefix, tokens, lengths):
+        """`read_prompts` of the model's own language model."""
+        return self.transformer.read_prompts(prefix, tokens, lengths)
+
+    def answer_states(self, *args, **kwargs):
+        """`answer_states` of the model's own EncoderDecoder."""
+        return self.transformer.answer_states(*args, **kwargs)
 
     def score(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
         """The score by hidden states of last tokens, in float32."""

@@ -16,16 +16,17 @@ from recexplore.distributed.checkpoints import load_best
 from recexplore.distributed.partitioning import placed
 from recexplore.errors import InputError
 from recexplore.models.lora import join, split
+from recexplore.models.networks import CONFIGS, LANGUAGE_MODELS
 from recexplore.models.pretrained import load as load_transformer
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.sequential_recommender import SequentialRecommender
-from recexplore.models.transformer import Transformer, TransformerConfig
 
 CHECKPOINTS = "checkpoints"
 NETWORK = "network.json"  # what `describe` says, beside the checkpoints
 _NETWORKS = {
-    network.__name__: network for network in (Transformer, RewardModel, SequentialRecommender)
+    network.__name__: network for network in (*LANGUAGE_MODELS, RewardModel, SequentialRecommender)
 }
+_CONFIGS = {config.__name__: config for config in CONFIGS}
 
 
 def describe(
@@ -46,6 +47,7 @@ def describe(
     return {
         "network": type(model).__name__,
         "config": dataclasses.asdict(model.config),
+        "sizes": type(model.config).__name__,
         "settings": settings,
         "pretrained": None if pretrained is None else str(Path(pretrained).resolve()),
         "history_length": history_length,
@@ -61,7 +63,8 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
     try:
         network = _NETWORKS[description["network"]]
         settings = description.get("settings", {})  # older descriptions have none: all defaults
-        return network(TransformerConfig(**description["config"]), **settings)
+        sizes = _CONFIGS[description.get("sizes", "TransformerConfig")]  # likewise
+        return network(sizes(**description["config"]), **settings)
     except (KeyError, TypeError) as error:
         raise InputError(
             f"The model's description doesn't fit this version of recexplore ({error}). Train it "

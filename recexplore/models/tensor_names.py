@@ -2,7 +2,7 @@
 
 A layout is written as axes: "Hh D" is a table whose rows are H heads of width h and whose columns
 are D wide; "DHh" is the same as the network keeps it, one letter an axis. V vocabulary, D model,
-H query heads, G key/value heads, h width of a head, F MLP.
+H query heads, G key/value heads, h width of a head, F MLP, L layers. T5's are in t5_names.py.
 """
 
 import math
@@ -25,15 +25,31 @@ class Tensor(NamedTuple):
       name: in the file; `{}` is the layer's number.
       stored: its axes in the file.
       kept: its axes in the network, but for that of layers.
+      layers: the letter of that one, where it has it.
     """
 
     name: str
     stored: tuple[str, ...]
     kept: str
+    layers: str = "L"
 
-    def names(self, num_layers: int) -> list[str]:
-        """One name a layer, or the only one."""
-        return [self.name.format(layer) for layer in range(num_layers if self.in_layers else 1)]
+    def names(self, sizes: Mapping[str, int]) -> list[str]:
+        """One name a layer, or the only one.
+
+        Args:
+          sizes: of `axis_sizes`.
+        """
+        count = sizes[self.layers] if self.in_layers else 1
+        return [self.name.format(layer) for layer in range(count)]
+
+    def kept_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape in the network, the axis of layers included.
+
+        Args:
+          sizes: of `axis_sizes`.
+        """
+        axes = self.layers + self.kept if self.in_layers else self.kept
+        return tuple(sizes[axis] for axis in axes)
 
     @property
     def in_layers(self) -> bool:
@@ -127,6 +143,7 @@ def axis_sizes(config: TransformerConfig) -> dict[str, int]:
         "G": config.num_kv_heads,
         "h": config.head_dim,
         "F": config.mlp_dim,
+        "L": config.num_layers,
     }
 
 

@@ -7,6 +7,7 @@ or a small network of its own. Parameter names and logical axes follow T5X: toke
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recexplore.errors import check_field
 from recexplore.models import rotary
-from recexplore.models.attention import KeyValues, Segment
+from recexplore.models.attention import Context, KeyValues, Segment, beside
 from recexplore.models.layers import (
     ACTIVATIONS,
     EVERYTHING,
@@ -28,8 +29,8 @@ from recexplore.models.layers import (
     constrain,
 )
 
-_DTYPES = ("float32", "bfloat16")
-_REMAT = {
+DTYPES = ("float32", "bfloat16")
+REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -121,6 +122,8 @@ class TransformerConfig:
     lora_scale: float = 1.0
     scan_unroll: int = 1
 
+    has_encoder: ClassVar[bool] = False
+
     def __post_init__(self):
         for field in ("attention_windows", "lora_targets"):  # gin and JSON may have lists
             object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -172,9 +175,9 @@ _NOT_NEGATIVE = (
 _CHOICES = {
     "activation": tuple(ACTIVATIONS),
     "rope_scaling": ("none", "linear", "llama3"),
-    "dtype": _DTYPES,
-    "param_dtype": _DTYPES,
-    "remat": tuple(_REMAT),
+    "dtype": DTYPES,
+    "param_dtype": DTYPES,
+    "remat": tuple(REMAT),
 }
 
 
@@ -205,7 +208,7 @@ class Transformer(nn.Module):
             deterministic = 5  # among Block's arguments, itself included
             block = nn.remat(
                 Block,
-                policy=_REMAT[c.remat],
+                policy=REMAT[c.remat],
                 prevent_cse=c.scan_unroll >= c.num_layers,  # a loop keeps XLA from undoing it
                 static_argnums=(deterministic,),
             )
@@ -243,6 +246,48 @@ class Transformer(nn.Module):
         positions = jnp.broadcast_to(row, tokens.shape)
         causal = jnp.tril(jnp.ones((length, length), bool))
         return self.extend(tokens, positions, causal, (), (), deterministic)
+
+    def read_prefix(self, tokens: Int[Array, "P"], length: Int[Array, ""] | None = None) -> Segment:
+        """Keys and values of what all prompts begin with.
+
+        Args:
+          tokens: at least one.
+          length: how many of them are real, where they are right-padded.
+
+        Returns:
+          The segment; its positions are -1 where the tokens are padding.
+        """
+        _, segment = self.prefill(tokens)
+        if length is None:
+            return segment
+        real = jnp.arange(tokens.shape[0]) < length
+        return segment._replace(positions=jnp.where(real, segment.positions, -1))
+
+    def read_prompts(
+        self, prefix: Segment, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
+    ) -> Context:
+        """Reads prompts after a prefix that was read before.
+
+        Args:
+          prefix: of `read_prefix`.
+          tokens: of B prompts, right-padded.
+          lengths: of the prompts, at least 1.
+        """
+        num_prompts, width = tokens.shape
+        in_prefix = (prefix.positions >= 0)[None, None]
+        prefix_length = jnp.sum(in_prefix)
+        steps = jnp.arange(width)
+        hidden, history = self.extend(
+            tokens,
+            jnp.broadcast_to(prefix_length + steps[None, :], (num_prompts, width)),
+            (steps[:, None] >= steps[None, :])[None],
+            (prefix,),
+            (in_prefix,),
+            read_at=(lengths - 1)[:, None],
+        )
+        in_history = steps[None, None, :] < lengths[:, None, None]
+        whole = prefix_length + lengths
+        return Context((prefix, history), (in_prefix, in_history), whole, hidden[:, 0])
 
     def extend(
         self,
@@ -358,13 +403,7 @@ class Transformer(nn.Module):
         rotations = tuple(rotary.rotation(positions, by) for by in self._frequencies())
         if not any(self.config.attention_windows):
             return Sight(rotations, masks, None)
-        kept = [_beside(segment.positions, positions.ndim) for segment in context]
+        kept = [beside(segment.positions, positions.ndim) for segment in context]
         own = positions[..., None, :]
         distances = tuple(positions[..., :, None] - at for at in (*kept, own))
         return Sight(rotations, masks, distances)
-
-
-def _beside(positions: Int[Array, "*leading S"], ndim: int) -> Int[Array, "..."]:
-    """[*leading, S] → [*leading, 1 …, 1, S], to be subtracted from [*batch, T, 1]."""
-    *leading, length = positions.shape
-    return positions.reshape(*leading, *(1,) * (ndim - len(leading)), length)

@@ -20,8 +20,8 @@ from recexplore.errors import InputError
 
 OWN = "sentencepiece.model"
 # Where a folder has several: tokenizer.json is what transformers reads too, and a tokenizer.model
-# beside it need not be of SentencePiece (Llama 3).
-MODEL_FILES = (OWN, "tokenizer.json", "tokenizer.model")
+# beside it need not be of SentencePiece (Llama 3). T5's SentencePiece model is spiece.model.
+MODEL_FILES = (OWN, "tokenizer.json", "tokenizer.model", "spiece.model")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _NAMES = (_TOKENIZER_CONFIG, "special_tokens_map.json")  # say which tokens are special
 _IDS = ("config.json", "generation_config.json")  # say their ids

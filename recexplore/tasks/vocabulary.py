@@ -127,7 +127,8 @@ def pretrained_vocabulary(
     """Copies a pretrained model's tokenizer and checks that it can say what it has to.
 
     Args:
-      folder: gets tokenizer.json or tokenizer.model, and what lies beside it about special tokens.
+      folder: gets tokenizer.json or a SentencePiece model, and what lies beside it about special
+        tokens.
       prompts: a sample of the prompts.
       descriptions: all descriptions of clusters.
       pretrained: folder of the pretrained model.

@@ -3,8 +3,8 @@
 An objective is a function (model, params, trie, batch, dropout key) → `Sums` over a batch, packed
 or not (recexplore.training.reading). Without a dropout key the model runs deterministically, and
 labels are taken as they are: smoothing belongs to training. The trie is for the novelty model's
-objectives; all are called alike. Those of the item recommender are in item_objectives, with a
-catalogue in its place.
+objectives, and for networks that read descriptions apart from prompts; all are called alike. Those
+of the item recommender are in item_objectives, with a catalogue in its place.
 """
 
 from typing import NamedTuple
@@ -122,9 +122,8 @@ def pointwise_loss(
     weight ** `weight_power`: 1 counts every reaction, 0 every transition alike. Correct is a
     prediction σ(s) on the label's side of 1/2, which itself is counted to the upper side.
     """
-    del trie
     scores, wanted, right = _predictions(
-        "pointwise_loss", model, params, batch, dropout_key, label_smoothing, prior
+        "pointwise_loss", model, params, trie, batch, dropout_key, label_smoothing, prior
     )
     losses = optax.sigmoid_binary_cross_entropy(scores, wanted)
     return _sums(losses, right, reading.weights(batch, weight_power))
@@ -147,9 +146,8 @@ def regression_loss(
     as with `pointwise_loss`, whose options it has. Beside that, it is bounded and forgives a label
     far off, but has hardly any gradient where a score is badly wrong.
     """
-    del trie
     scores, wanted, right = _predictions(
-        "regression_loss", model, params, batch, dropout_key, label_smoothing, prior
+        "regression_loss", model, params, trie, batch, dropout_key, label_smoothing, prior
     )
     losses = (jax.nn.sigmoid(scores) - wanted) ** 2
     return _sums(losses, right, reading.weights(batch, weight_power))
@@ -174,10 +172,9 @@ def binned_loss(
     In training `label_smoothing` of the target's probability is spread evenly over all bins.
     Examples weigh weight ** `weight_power`. Correct is the most probable bin being y.
     """
-    del trie
     _check_head("binned_loss", model, "bins")
     smoothing = _in_training("binned_loss", label_smoothing, dropout_key)
-    return _bin_cross_entropy(model, params, batch, dropout_key, smoothing, weight_power)
+    return _bin_cross_entropy(model, params, trie, batch, dropout_key, smoothing, weight_power)
 
 
 def ordinal_loss(
@@ -199,10 +196,9 @@ def ordinal_loss(
     where the first term is 1 for the lowest bin and the second 0 for the highest: the proportional
     odds model (McCullagh 1980). All bins share one direction w, so rare labels learn from the rest.
     """
-    del trie
     _check_head("ordinal_loss", model, "ordinal")
     smoothing = _in_training("ordinal_loss", label_smoothing, dropout_key)
-    return _bin_cross_entropy(model, params, batch, dropout_key, smoothing, weight_power)
+    return _bin_cross_entropy(model, params, trie, batch, dropout_key, smoothing, weight_power)
 
 
 def bradley_terry_loss(
@@ -226,10 +222,9 @@ def bradley_terry_loss(
     Pairs weigh weight ** `weight_power`. Correct is a pair whose better one has the higher score;
     equal scores are half correct.
     """
-    del trie
     _check_head("bradley_terry_loss", model, "scalar")
     smoothing = _in_training("bradley_terry_loss", label_smoothing, dropout_key)
-    gaps = _gaps_of_pairs(model, params, batch, dropout_key)
+    gaps = _gaps_of_pairs(model, params, trie, batch, dropout_key)
     losses = -(1 - smoothing) * jax.nn.log_sigmoid(gaps) - smoothing * jax.nn.log_sigmoid(-gaps)
     return _sums(losses, 1 - _wrong(gaps), reading.weights(batch, weight_power))
 
@@ -248,12 +243,12 @@ def misordered_pairs(
     the product of its examples; equal scores are half wrong. In batches of pairs, those are the
     pairs. Any head will do. It has no gradient to train by.
     """
-    del trie, dropout_key
+    del dropout_key
     _check_head("misordered_pairs", model, *HEADS)
     if "other_tokens" in batch:
-        wrong, pairs = _wrong(_gaps_of_pairs(model, params, batch)), reading.weights(batch)
+        wrong, pairs = _wrong(_gaps_of_pairs(model, params, trie, batch)), reading.weights(batch)
     else:
-        scores, labels = _scores(model, params, batch), batch["label"].reshape(-1)
+        scores, labels = _scores(model, params, trie, batch), batch["label"].reshape(-1)
         weights = reading.weights(batch)
         wrong = _wrong(scores[:, None] - scores[None, :])
         better = labels[:, None] > labels[None, :]
@@ -274,12 +269,11 @@ def _descriptions(
             "descriptions. Bind pipeline.train.make_network = @transformer.Transformer, or another "
             "objective, such as @objectives.pointwise_loss, for this model."
         )
-    hidden = reading.read(model, params, batch, dropout_key)
+    before = reading.before_descriptions(model, params, trie, batch, dropout_key)
     step = jnp.arange(trie.max_length)
     at = reading.prompt_lengths(batch)[..., None] + step[None, None, :]
     real = (at < reading.lengths(batch)[..., None]).reshape(-1, trie.max_length)
     places = reading.starts(batch)[..., None] + at
-    before = reading.at_places(hidden, places - 1)
     return before, reading.at_places(batch["tokens"], places), real
 
 
@@ -292,22 +286,35 @@ def _sum_descriptions(steps: description_losses.Steps, real: Array, batch: Batch
 
 
 def _predictions(
-    objective: str, model, params, batch: Batch, dropout_key, label_smoothing: float, prior: float
+    objective: str,
+    model,
+    params,
+    trie: Trie | None,
+    batch: Batch,
+    dropout_key,
+    label_smoothing: float,
+    prior: float,
 ) -> tuple[Float[Array, "examples"], Float[Array, "examples"], Bool[Array, "examples"]]:
     """Scores, the labels that they are to predict, and which are on their label's side of 1/2."""
     _check_head(objective, model, "scalar")
     if not 0 <= prior <= 1:
         raise InputError(f"objectives.{objective}.prior is {prior!r}; it must lie in [0, 1].")
     smoothing = _in_training(objective, label_smoothing, dropout_key)
-    scores, labels = _scores(model, params, batch, dropout_key), batch["label"].reshape(-1)
+    scores, labels = _scores(model, params, trie, batch, dropout_key), batch["label"].reshape(-1)
     wanted = (1 - smoothing) * labels + smoothing * prior
     return scores, wanted, (scores >= 0) == (labels >= 0.5)
 
 
 def _bin_cross_entropy(
-    model, params, batch: Batch, dropout_key, smoothing: float, weight_power: float
+    model,
+    params,
+    trie: Trie | None,
+    batch: Batch,
+    dropout_key,
+    smoothing: float,
+    weight_power: float,
 ) -> Sums:
-    last = reading.last_states(reading.read(model, params, batch, dropout_key), batch)
+    last = reading.last_states(model, params, trie, batch, dropout_key)
     log_probabilities = model.apply(params, last, method="bin_log_probabilities")
     bins = jnp.floor(batch["label"].reshape(-1) * (model.num_bins - 1) + 0.5)
     bins = jnp.clip(bins.astype(jnp.int32), 0, model.num_bins - 1)
@@ -317,12 +324,16 @@ def _bin_cross_entropy(
     return _sums(losses, right, reading.weights(batch, weight_power))
 
 
-def _scores(model, params, batch: Batch, dropout_key=None) -> Float[Array, "examples"]:
-    last = reading.last_states(reading.read(model, params, batch, dropout_key), batch)
+def _scores(
+    model, params, trie: Trie | None, batch: Batch, dropout_key=None
+) -> Float[Array, "examples"]:
+    last = reading.last_states(model, params, trie, batch, dropout_key)
     return model.apply(params, last, method="score")
 
 
-def _gaps_of_pairs(model, params, batch: Batch, dropout_key=None) -> Float[Array, "B"]:
+def _gaps_of_pairs(
+    model, params, trie: Trie | None, batch: Batch, dropout_key=None
+) -> Float[Array, "B"]:
     """Score of the better less that of the worse sequence."""
     if "other_tokens" not in batch or reading.is_packed(batch):
         raise InputError(
@@ -335,7 +346,9 @@ def _gaps_of_pairs(model, params, batch: Batch, dropout_key=None) -> Float[Array
     tokens = jnp.stack([batch["tokens"], batch["other_tokens"]], axis=1)
     lengths = jnp.stack([batch["lengths"], batch["other_lengths"]], axis=1)
     both = {"tokens": tokens.reshape(-1, tokens.shape[-1]), "lengths": lengths.reshape(-1)}
-    scores = _scores(model, params, both, dropout_key).reshape(-1, 2)
+    if reading.has_encoder(model):
+        both["prompt_lengths"] = jnp.repeat(batch["prompt_lengths"], 2)
+    scores = _scores(model, params, trie, both, dropout_key).reshape(-1, 2)
     return scores[:, 0] - scores[:, 1]
 
 

@@ -16,7 +16,7 @@ from recexplore.inference.best_of_n import Batch
 from recexplore.inference.context import Context, prefix_cache, read_prompts
 from recexplore.inference.free_sampler import sample_freely
 from recexplore.inference.sampler import sample
-from recexplore.models.transformer import Transformer
+from recexplore.models.networks import LanguageModel
 from recexplore.models.trie import Trie, exclude, which_sequence
 from recexplore.training import description_losses
 
@@ -48,7 +48,7 @@ class Policy:
         ones by which answers are drawn.
     """
 
-    model: Transformer
+    model: LanguageModel
     decoding: str
     temperature: float
 

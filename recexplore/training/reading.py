@@ -12,11 +12,19 @@ length of 0 says that there is no such example:
 A token looks at earlier tokens of its own example only, so that an example is read as if it were
 alone. What belongs to one example comes out of here with a single leading axis, whichever the
 batch was: "examples" is B, or B · E.
+
+A network with an encoder reads the prompts with it and the descriptions with its decoder; it takes
+one example a row.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+
+from recexplore.errors import InputError
+from recexplore.models.trie import Trie
 
 Batch = dict[str, Array]
 
@@ -60,6 +68,81 @@ def read(
     return hidden
 
 
+def before_descriptions(
+    model: nn.Module,
+    params: dict,
+    trie: Trie,
+    batch: Batch,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "examples steps D"]:
+    """The hidden states before each token that a description can have.
+
+    Args:
+      model: a network as `read` takes it, or one with an encoder.
+      params: its variables.
+      trie: of all descriptions; it says how long they are.
+      batch: packed or not.
+      dropout_key: for dropout.
+    """
+    if has_encoder(model):
+        return _answer_states(model, params, batch, trie.max_length - 1, dropout_key)
+    hidden = read(model, params, batch, dropout_key)
+    steps = jnp.arange(trie.max_length)[None, None, :]
+    places = (starts(batch) + prompt_lengths(batch))[..., None] + steps
+    return at_places(hidden, places - 1)
+
+
+def last_states(
+    model: nn.Module,
+    params: dict,
+    trie: Trie | None,
+    batch: Batch,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "examples D"]:
+    """The hidden state of each example's last token.
+
+    Args:
+      model: a network as `read` takes it, or one with an encoder.
+      params: its variables.
+      trie: of all descriptions; asked for by networks with an encoder alone.
+      batch: packed or not.
+      dropout_key: for dropout.
+    """
+    if has_encoder(model):
+        states = _answer_states(model, params, batch, trie.max_length, dropout_key)
+        at = batch["lengths"] - batch["prompt_lengths"]
+        return at_places(states, at[:, None, None])[:, 0]
+    hidden = read(model, params, batch, dropout_key)
+    ends = (starts(batch) + lengths(batch))[..., None]
+    return at_places(hidden, ends - 1)[:, 0]
+
+
+def has_encoder(model: Any) -> bool:
+    """Whether a network reads prompts with an encoder."""
+    return getattr(getattr(model, "config", None), "has_encoder", False)
+
+
+def _answer_states(
+    model: nn.Module, params: dict, batch: Batch, num_steps: int, dropout_key
+) -> Float[Array, "B places D"]:
+    """Hidden states before the descriptions and after each of so many tokens of them."""
+    if is_packed(batch):
+        raise InputError(
+            f"A {type(model).__name__} with an encoder reads one example a row, but the rows are "
+            "packed. Bind pipeline.train.pack = False for this model."
+        )
+    deterministic = dropout_key is None
+    return model.apply(
+        params,
+        batch["tokens"],
+        batch["prompt_lengths"],
+        num_steps,
+        deterministic,
+        method="answer_states",
+        rngs=None if deterministic else {"dropout": dropout_key},
+    )
+
+
 def starts(batch: Batch) -> Int[Array, "B E"]:
     """Where in its row each example begins."""
     return batch["starts"] if is_packed(batch) else jnp.zeros_like(batch["lengths"])[:, None]
@@ -94,9 +177,3 @@ def at_places(
     flat = jnp.clip(places, 0, x.shape[1] - 1).reshape(rows, -1)
     found = jnp.take_along_axis(x, flat.reshape(*flat.shape, *(1,) * (x.ndim - 2)), axis=1)
     return found.reshape(-1, wanted, *x.shape[2:])
-
-
-def last_states(hidden: Float[Array, "B T D"], batch: Batch) -> Float[Array, "examples D"]:
-    """The hidden state of each example's last token."""
-    ends = (starts(batch) + lengths(batch))[..., None]
-    return at_places(hidden, ends - 1)[:, 0]

@@ -176,23 +176,33 @@ def _wholes(prompts, sequences):
 
 
 def enumerated(left_out, prompts=NOVELTY_PROMPTS, sequences=SEQUENCES, temperature=1.0):
+    """`among_allowed` of the novelty model's logits."""
+    tokens, _ = _wholes(prompts, sequences)
+    logits = _in_chunks(_forward, NOVELTY_PARAMS, tokens).astype(np.float64)
+    logits = logits.reshape(len(prompts), len(sequences), *logits.shape[1:])
+    places = [len(PREFIX) + len(prompt) - 1 for prompt in prompts]
+    before = [
+        [at[place : place + len(s)] for at, s in zip(row, sequences, strict=True)]
+        for row, place in zip(logits, places, strict=True)
+    ]
+    return among_allowed(before, left_out, sequences, temperature)
+
+
+def among_allowed(before, left_out, sequences=SEQUENCES, temperature=1.0):
     """[B, M] log-probabilities among the sequences that aren't left out; -inf for those that are.
 
     At every token the logits, over the temperature, are normalised over what an allowed sequence
-    has there.
+    has there. `before`: for each prompt and sequence the logits [tokens, V] before its tokens.
     """
-    tokens, _ = _wholes(prompts, sequences)
-    logits = _in_chunks(_forward, NOVELTY_PARAMS, tokens).astype(np.float64) / temperature
-    logits = logits.reshape(len(prompts), len(sequences), *logits.shape[1:])
-    found = np.full((len(prompts), len(sequences)), -np.inf)
-    for row, (prompt, missing) in enumerate(zip(prompts, left_out, strict=True)):
+    found = np.full((len(before), len(sequences)), -np.inf)
+    for row, (logits, missing) in enumerate(zip(before, left_out, strict=True)):
         allowed = [i for i in range(len(sequences)) if i not in missing]
         for i in allowed:
             total, sequence = 0.0, sequences[i]
             for depth, token in enumerate(sequence):
                 mates = (sequences[j] for j in allowed if sequences[j][:depth] == sequence[:depth])
                 options = sorted({mate[depth] for mate in mates})
-                here = logits[row, i, len(PREFIX) + len(prompt) + depth - 1]
+                here = logits[i][depth] / temperature
                 total += here[token] - np.logaddexp.reduce(here[options])
             found[row, i] = total
     return found

@@ -65,6 +65,22 @@ def gemma_model(folder: Path) -> None:
     )
 
 
+def t5_model(folder: Path) -> None:
+    """T5's spiece.model: nothing before a text, EOS behind what the encoder reads."""
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    kind = {"model_type": "unigram", "byte_fallback": False, "vocab_size": 80}
+    kind |= {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    sentencepiece_model(folder / "spiece.model", hard_vocab_limit=False, **kind, **ids)
+    write_json(
+        folder / "tokenizer_config.json",
+        tokenizer_class="T5Tokenizer",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_ids=100,
+    )
+
+
 def llama_model(folder: Path) -> None:
     """Llama 2's tokenizer.model: a space before every text, no padding."""
     ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}

@@ -266,6 +266,22 @@ def test_a_lone_sentencepiece_model_says_what_it_needs(tmp_path):
         assert Vocabulary(tmp_path).begin == ()
 
 
+def test_t5s_tokenizer_is_read_in_both_forms(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the reference is transformers")
+    for name in ("model", "json"):
+        (tmp_path / name).mkdir()
+    small.t5_model(tmp_path / "model")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    reference.save_pretrained(tmp_path / "json")
+    for name, file in (("model", "spiece.model"), ("json", "tokenizer.json")):
+        found = Vocabulary(tmp_path / name)
+        assert found.path.name == file
+        assert (found.begin, found.eos_id, found.pad_id, found.lead) == ((), 1, 0, "")
+        for text in (*PROMPTS, *DESCRIPTIONS):
+            assert [*found.encode(text), 1] == reference.encode(text)
+            assert found.decode(found.encode_description(text)) == text
+
+
 def changed(folder, file, **values):
     """Rewrites a JSON file of a folder."""
     before = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
@@ -294,7 +310,10 @@ def letters(folder, merges=(), normalizer=None, without=""):
 
 BAD = {
     "no folder": (lambda f: f.rmdir(), r"PRETRAINED\) is .*no folder; it should have a tok"),
-    "nothing in it": (lambda f: None, "a folder without tokenizer.json or tokenizer.model. Name"),
+    "nothing in it": (
+        lambda f: None,
+        "a folder without tokenizer.json or tokenizer.model or spiece.model. Name",
+    ),
     "not JSON": (
         lambda f: (f / "tokenizer.json").write_text("{"),
         r"tokenizer.json is not a tokenizer of Hugging Face's library \(EOF",
