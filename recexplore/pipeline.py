@@ -491,7 +491,7 @@ def explore(
     batch_size: int = 64,
     shard_size: int = 16,
     histories: str = "log",
-    banned: Sequence[int] = (),
+    banned: Any = (),
     seed: int = 0,
 ) -> None:
     """Histories → the exploration table: the k best of n clusters for each.
@@ -518,6 +518,7 @@ def explore(
     from recexplore.serving.exploration_table import ExplorationTable
 
     explorer, models = load_explorer(work, (NOVELTY, ALIGNMENT), batch_size)
+    precompute.check_banned(banned, explorer.num_clusters)
     asked, counts = precompute.histories_asked(work, explorer.num_clusters, histories)
     fingerprints = precompute.fingerprints(work, models)
     job = precompute.plan(

@@ -10,7 +10,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -87,7 +87,10 @@ def plan(
         if size < 1:
             raise InputError(f"pipeline.explore.{name} is {size}; it must be at least 1.")
     if not len(histories):
-        raise InputError("There is no history to run through the models: the log holds none.")
+        raise InputError(
+            "There is no history to explore: neither the log nor another source that "
+            "pipeline.explore.histories may name holds one."
+        )
     length = max(max(map(len, histories)), 1)
     rows = np.array(
         [[*history, *[-1] * (length - len(history))] for history in histories], np.int32
@@ -212,6 +215,24 @@ def fingerprints(work: Path, models: Mapping[str, Model]) -> dict[str, str]:
     }
 
 
+def check_banned(banned: Any, num_clusters: int) -> None:
+    """Checks clusters that nobody is to get.
+
+    Args:
+      banned: what `pipeline.explore.banned` is bound to.
+      num_clusters: M.
+
+    Raises:
+      InputError: it is no list of clusters.
+    """
+    listed = isinstance(banned, list | tuple) and all(type(cluster) is int for cluster in banned)
+    if not listed or any(not 0 <= cluster < num_clusters for cluster in banned):
+        raise InputError(
+            f"pipeline.explore.banned is {banned!r}; it must be a list of cluster ids, whole "
+            f"numbers of 0..{num_clusters - 1}."
+        )
+
+
 def made_by_others(folder: Path, made_from: Mapping[str, str]) -> bool:
     """Whether a process that has another share of a job was the last, and has made the table.
 
@@ -270,6 +291,11 @@ def read_histories(path: str, num_clusters: int) -> tuple[list[list[int]], Int[n
       InputError: no such file, other columns, or a row that is no history or is there twice.
     """
     where = f"pipeline.explore.histories names {path!r}"
+    if not Path(path).exists():
+        raise InputError(
+            f"{where}, and there is no such file. It must be 'log', 'pairs', or the path of a "
+            "Parquet file."
+        )
     try:
         table = pq.read_table(path, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:

@@ -14,7 +14,10 @@ import textwrap
 import time
 from pathlib import Path
 
-import redis
+try:
+    import redis
+except ModuleNotFoundError:
+    sys.exit("export_to_redis: redis isn't installed. Install the extra: pip install '.[redis]'")
 
 from recexplore import pipeline
 from recexplore.errors import InputError

@@ -262,9 +262,17 @@ def test_files_that_are_no_histories_are_refused(tmp_path, columns, message):
     pq.write_table(pa.table(columns), path)
     with pytest.raises(InputError, match=message):
         precompute.read_histories(str(path), CLUSTERS)
+    with pytest.raises(InputError, match="there is no such file"):
+        precompute.read_histories(str(tmp_path / "missing.parquet"), CLUSTERS)
     path.write_text("no Parquet")
     with pytest.raises(InputError, match="can't be read as Parquet.*'log', 'pairs', or the path"):
         precompute.read_histories(str(path), CLUSTERS)
+
+
+@pytest.mark.parametrize("banned", [3, "3", [1, 2.0], [True], [-1], (0, CLUSTERS)])
+def test_what_bans_no_cluster_is_refused(banned):
+    with pytest.raises(InputError, match=rf"pipeline.explore.banned is .* of 0..{CLUSTERS - 1}"):
+        precompute.check_banned(banned, CLUSTERS)
 
 
 def job(**changes):

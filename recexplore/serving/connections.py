@@ -21,6 +21,12 @@ _LEAVING_SECONDS = 1.0  # that a refused client has to read why
 _FILES_KEPT = 100  # descriptors that connections leave to all else
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
+_TOO_LARGE = Refusal(
+    431,
+    "headers_too_large",
+    f"The headers are larger than {_HEADER_BYTES:,} bytes. Send the question as a JSON body.",
+)
+
 _log = logging.getLogger(__name__)
 
 
@@ -110,6 +116,7 @@ class _Connection(HttpToolsProtocol):
     _in_headers = True
     _in_message = False
     _header_bytes = 0
+    _latest_bytes = 0
     _timer: asyncio.TimerHandle | None = None
     _refused = False
 
@@ -135,18 +142,12 @@ class _Connection(HttpToolsProtocol):
             return
         if not self._in_message and self._timer is None:  # of whatever begins here
             self._arm()
+        self._latest_bytes = len(data)
         super().data_received(data)
         if self._in_headers:
             self._header_bytes += len(data)
             if self._header_bytes > _HEADER_BYTES:
-                self._leave(
-                    Refusal(
-                        431,
-                        "headers_too_large",
-                        f"The headers are larger than {_HEADER_BYTES:,} bytes. Send the question "
-                        "as a JSON body.",
-                    )
-                )
+                self._leave(_TOO_LARGE)
 
     def on_message_begin(self) -> None:
         self._in_headers = self._in_message = True
@@ -157,14 +158,17 @@ class _Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_headers_complete(self) -> None:
+        super().on_headers_complete()  # raises where the path is too long
         self._in_headers = False
         self._header_bytes = 0
         self._disarm()
-        super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
         """In place of uvicorn's, which is plain text."""
-        self._leave(Refusal(400, "bad_request", "This isn't HTTP/1.1. Send an HTTP request."))
+        if self._in_headers and self._header_bytes + self._latest_bytes > _HEADER_BYTES:
+            self._leave(_TOO_LARGE)  # the parser gives up at long paths
+        else:
+            self._leave(Refusal(400, "bad_request", "This isn't HTTP/1.1. Send an HTTP request."))
 
     def _arm(self) -> None:
         self._timer = self.loop.call_later(self.header_timeout, self._too_slow)
@@ -186,11 +190,21 @@ class _Connection(HttpToolsProtocol):
         )
 
     def _leave(self, refusal: Refusal, reason: str = "") -> None:
-        """Says why, ends our side, and gives the client a moment to read it."""
+        """Says why, ends our side, and gives the client a moment to read it.
+
+        A whole request that is being answered is answered first, and then nothing more is said.
+        """
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         self._disarm()
+        asked = self.cycle
+        if asked is not None and not asked.response_complete:
+            if not asked.more_body:
+                asked.keep_alive = False
+                return
+            asked.disconnected = True
+            asked.message_event.set()
         body = refusal.body
         reason = reason or _REASONS[refusal.status]
         head = (
@@ -203,7 +217,7 @@ class _Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Called when the server ends."""
-        if self._refused:
+        if self._refused and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
         else:
             super().shutdown()

@@ -310,7 +310,8 @@ def _add_errors(app: FastAPI) -> None:
     async def not_routed(request: Request, error: HTTPException) -> Response:
         path = request.url.path[:200]
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
+            own = (route for route in app.routes if getattr(route, "path", "") == request.url.path)
+            allowed = ", ".join(sorted({method for route in own for method in route.methods}))
             text = f"{path} is asked with {allowed}, not with {request.method}."
             return await refused(
                 request, Refusal(405, "method_not_allowed", text, {"allow": allowed})

@@ -156,6 +156,7 @@ def test_unknown_paths_and_methods_are_refused_in_the_same_shape(client):
     assert "/v1/explore" in missing.json()["error"]["message"]
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["message"] == "/v1/recommend is asked with POST, not with PUT."
+    assert client.delete("/v1/explore").headers["allow"] == "GET, POST"
     answer = client.get("/v1/explore?history=0&history=polka&x=1")
     assert answer.status_code == 422 and "x: there is no" in answer.json()["error"]["message"]
 

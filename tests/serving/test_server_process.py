@@ -153,6 +153,7 @@ def test_a_body_that_says_it_is_large_is_refused_before_it_is_sent(served):
         (b"\r\n", 408, "headers_too_slow"),  # after an answer
         (b"\x16\x03\x01 is TLS", 400, "bad_request"),
         (b"GET / HTTP/1.1\r\nx: " + b"y" * 100_000, 431, "headers_too_large"),
+        (b"GET /?x=" + b"y" * 66_000 + b" HTTP/1.1\r\n\r\n", 431, "headers_too_large"),
     ],
 )
 def test_what_never_becomes_a_request_is_told_so_and_closed(impatient, sent, status, code):
@@ -164,6 +165,15 @@ def test_what_never_becomes_a_request_is_told_so_and_closed(impatient, sent, sta
         found = answered(connection)
         assert (found[0], found[1]["error"]["code"]) == (status, code)
         assert connection.recv(100) == b""
+    still_answers(impatient)
+
+
+@pytest.mark.parametrize("stray", [b"X", b"\x00" * 70_000])
+def test_a_whole_request_is_answered_whatever_comes_after_it(impatient, stray):
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as connection:
+        connection.sendall(QUESTION + stray)
+        status, told = answered(connection)
+        assert status == 200 and told["level"] == "history"
     still_answers(impatient)
 
 
