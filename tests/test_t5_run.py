@@ -1,6 +1,5 @@
 """A run with encoder–decoders from a folder that transformers made, as a person would start it."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -197,8 +196,11 @@ def test_what_was_trained_goes_out_to_transformers(trained, tmp_path):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert (tmp_path / "novelty/spiece.model").is_file()
     assert (tmp_path / "alignment" / export.REWARD_HEAD).is_file()
-    config = config_file.read_config(tmp_path / "novelty", 64, dropout_rate=0.1, scan_unroll=2)
-    assert dataclasses.replace(config, max_length=network.config.max_length) == network.config
+    ours = {
+        name: getattr(network.config, name) for name in ("dropout_rate", "remat", "scan_unroll")
+    }
+    config = config_file.read_config(tmp_path / "novelty", network.config.max_length, **ours)
+    assert config == network.config
 
 
 @pytest.mark.parametrize(
@@ -209,16 +211,23 @@ def test_what_was_trained_goes_out_to_transformers(trained, tmp_path):
             ["--gin.encoder_decoder.EncoderDecoderConfig.num_heads=8"],
             "encoder_decoder.EncoderDecoderConfig.num_heads is 8, but ",
         ),
-        (
-            ["--gin.pipeline.train.make_config=@transformer.TransformerConfig"],
-            "whose configuration is encoder_decoder.EncoderDecoderConfig, not transformer.Tr",
-        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_stage(flags, message, base, capsys):
     run = Run(base.parent / "never", base)
     said = run.refused(capsys, "run", *flags)
     assert message in said
+    assert not run.work.exists()
+
+
+def test_a_folder_of_t5_is_not_for_a_transformer(base, capsys):
+    run = Run(base.parent / "never", base)
+    run.flags = [
+        flag.replace("runs/log_t5", "runs/log") for flag in run.flags if "/t5." not in flag
+    ]
+    said = run.refused(capsys, "run")
+    assert "whose configuration is encoder_decoder.EncoderDecoderConfig, not transformer.Tr" in said
+    assert "pipeline.train.make_network = @encoder_decoder.EncoderDecoder." in said
     assert not run.work.exists()
 
 
