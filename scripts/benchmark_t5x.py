@@ -35,6 +35,7 @@ from recexplore.inference.context import Prompts, prefix_cache
 from recexplore.training import objectives
 
 TOLERANCE = 1e-4
+DRAWS_ALONE = "t5x, draws alone"  # of the memory, for who scores few sequences at once
 T5X = {"t5x, any tokens": {"logit_callback_fn": None}, "t5x, clusters": {}}
 OURS = ("independent", "distinct")
 
@@ -77,6 +78,8 @@ def main() -> None:
     for samples in flags.memory_samples:
         made = programs(flags, pair, Cell(samples, flags.memory_prompt))
         memory[samples] = {name: program.temporary_bytes() for name, program in made}
+        alone = draws_alone(flags, pair, Cell(samples, flags.memory_prompt))
+        memory[samples][DRAWS_ALONE] = alone.temporary_bytes()
         print(f"n = {samples}: {memory[samples]}", flush=True)
     print("\n".join(memory_table(flags, memory)))
     if flags.output:
@@ -148,31 +151,46 @@ def t5x_batch(flags, inputs: pairs.Inputs, trie: Any) -> dict[str, np.ndarray]:
     }
 
 
+def novelty_of(pair: pairs.Pair, trie: Any) -> t5x_models.NoveltyModel:
+    return t5x_models.NoveltyModel(
+        pair.novelty_model, *_said_of(pair, trie), objectives.constrained_description_loss
+    )
+
+
+def _said_of(pair: pairs.Pair, trie: Any) -> tuple:
+    """Vocabularies, descriptions and no optimizer."""
+    words = seqio.PassThroughVocabulary(pair.config.vocab_size, eos_id=pairs.EOS_ID)
+    return words, words, trie, None
+
+
+def draw_options(flags: argparse.Namespace, decoding: dict) -> dict:
+    """T5X's decoder parameters: from the whole distribution, at temperature 1."""
+    steps = {"max_decode_steps": flags.length}
+    return {"topk": 0, "rescale_log_probs": False, **steps, **decoding}
+
+
+def draw(model: t5x_models.NoveltyModel, params, batch, key, samples: int, options: dict):
+    """T5X's draws [B, n, …] and their log-probabilities."""
+    return model.predict_batch_with_aux(
+        params,
+        batch,
+        jax.random.key_data(key),
+        return_all_decodes=True,
+        num_decodes=samples,
+        decoder_params=dict(options),
+    )
+
+
 def t5x_program(flags, pair, inputs, trie, samples: int, decoding: dict) -> Program:
     """T5X's best of n: draws, the n whole sequences, their scores, the best of each prompt."""
-    words = seqio.PassThroughVocabulary(pair.config.vocab_size, eos_id=pairs.EOS_ID)
-    common = (words, words, trie, None)
-    novelty = t5x_models.NoveltyModel(
-        pair.novelty_model, *common, objectives.constrained_description_loss
+    novelty, options = novelty_of(pair, trie), draw_options(flags, decoding)
+    alignment = t5x_models.AlignmentModel(
+        pair.alignment_model, *_said_of(pair, trie), objectives.pointwise_loss
     )
-    alignment = t5x_models.AlignmentModel(pair.alignment_model, *common, objectives.pointwise_loss)
-    options = {
-        "topk": 0,
-        "rescale_log_probs": False,
-        "max_decode_steps": flags.length,
-        **decoding,
-    }
 
     @jax.jit
     def step(novelty_params, alignment_params, batch, key):
-        drawn, aux = novelty.predict_batch_with_aux(
-            novelty_params,
-            batch,
-            jax.random.key_data(key),
-            return_all_decodes=True,
-            num_decodes=samples,
-            decoder_params=dict(options),
-        )
+        drawn, aux = draw(novelty, novelty_params, batch, key, samples, options)
         prompt = batch["tokens"].shape[1] - flags.length
         drawn = drawn[:, :, : flags.length]
         before = jnp.repeat(batch["tokens"][:, None, :prompt], samples, axis=1)
@@ -189,6 +207,20 @@ def t5x_program(flags, pair, inputs, trie, samples: int, decoding: dict) -> Prog
 
     params = (pair.novelty_params["params"], pair.alignment_params["params"])
     return Program(step, (*params, jax.device_put(t5x_batch(flags, inputs, trie))), {})
+
+
+def draws_alone(flags: argparse.Namespace, pair: pairs.Pair, cell: Cell) -> Program:
+    """T5X's draws without scores."""
+    inputs, trie = inputs_for(flags, pair, cell.prompt), trie_of(flags, pair)
+    whole = t5x_program(flags, pair, inputs, trie, cell.samples, T5X["t5x, any tokens"])
+    novelty_params, _, batch = whole.arguments
+    model, options = novelty_of(pair, trie), draw_options(flags, {"logit_callback_fn": None})
+
+    @jax.jit
+    def step(params, batch, key):
+        return draw(model, params, batch, key, cell.samples, options)
+
+    return Program(step, (novelty_params, batch), {})
 
 
 def our_program(pair, inputs, trie, samples: int, sampler: str) -> Program:
@@ -278,12 +310,14 @@ def memory_table(flags: argparse.Namespace, memory: dict[int, dict]) -> Iterator
 
 
 def _table(rows: dict, shown: Callable, ratio: Callable) -> Iterator[str]:
-    names = [*T5X, *OURS]
+    first = next(iter(rows.values()))
+    beside = [name for name in (*T5X, DRAWS_ALONE) if name in first]
+    names = [*beside, *OURS]
     yield f"| n | {' | '.join(names)} |"
     yield f"|{' --- |' * (len(names) + 1)}"
     for samples, values in rows.items():
         theirs = [values[name] for name in T5X]
-        cells = [shown(value) for value in theirs]
+        cells = [shown(values[name]) for name in beside]
         for name in OURS:
             cells.append(f"{shown(values[name])} ({ratio(values[name], theirs):.1f}×)")
         yield f"| {samples} | {' | '.join(cells)} |"

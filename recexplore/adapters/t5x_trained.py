@@ -99,6 +99,7 @@ def give(trained: Path, to: Path, to_train: bool = False) -> Path:
     """
     if not (trained / saved.NETWORK).is_file():
         raise InputError(f"{trained} holds no trained model. Run `recexplore train` first.")
+    trained = trained.resolve()  # as Orbax wants it
     description = artifacts.read_json(trained / saved.NETWORK)
     model = saved.rebuild(description)
     folder = trained / saved.CHECKPOINTS

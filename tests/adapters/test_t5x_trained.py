@@ -185,9 +185,10 @@ def test_the_best_average_is_given_to_be_used(trained, tmp_path):
     assert "param_states" not in t5x_checkpoints.read(written)["state"]
 
 
-def test_the_latest_state_and_place_are_given_to_train_on(trained, tmp_path):
+def test_the_latest_state_and_place_are_given_to_train_on(trained, tmp_path, monkeypatch):
     folder, model, states = trained
-    written = t5x_trained.give(folder, tmp_path / "T", to_train=True)
+    monkeypatch.chdir(tmp_path)  # as in the command line of docs/t5x.md
+    written = t5x_trained.give(Path(folder.name), Path("T"), to_train=True)
     assert written.name == "checkpoint_20" and t5x_checkpoints.read_step(written) == 20
     assert_equal(t5x_checkpoints.read_parameters(written, model), states[20]["params"])
     abstract = jax.eval_shape(lambda: states[20]["optimizer"])
