@@ -235,5 +235,6 @@ def test_packed_rows_are_refused(trained, capsys):
     other = trained.work.with_name("packed")
     shutil.copytree(trained.work, other, ignore=shutil.ignore_patterns("models", "exploration"))
     run = Run(other, trained.base)
-    said = run.refused(capsys, "train", "--model", "novelty", "--gin.pipeline.train.pack=True")
+    pack = "--gin.pipeline.train.pack=True"
+    said = run.refused(capsys, "train", "--model", "novelty", "--overwrite", pack)
     assert "pipeline.train.pack is True, but EncoderDecoderConfig is of networks with" in said
