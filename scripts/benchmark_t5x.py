@@ -41,10 +41,11 @@ OURS = ("independent", "distinct")
 
 
 class Cell(NamedTuple):
-    """What is measured together: n samples after prompts of some tokens."""
+    """What is measured together: n samples, prompts of some tokens, how many of them all share."""
 
     samples: int
     prompt: int
+    shared: int
 
 
 class Program(NamedTuple):
@@ -72,20 +73,20 @@ def main() -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(pair.novelty_params))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {count / 1e6:.1f} M parameters")
     print(f"largest difference of scores and log-probabilities: {agreement(flags, pair):.1e}")
-    seconds = {n: times(flags, pair, Cell(n, flags.prompt)) for n in flags.samples}
+    cells = [Cell(n, flags.prompt, s) for n in flags.samples for s in flags.shared]
+    seconds = {cell: times(flags, pair, cell) for cell in cells}
     print("\n".join(time_table(flags, seconds)), flush=True)
-    memory = {}
-    for samples in flags.memory_samples:
-        made = programs(flags, pair, Cell(samples, flags.memory_prompt))
-        memory[samples] = {name: program.temporary_bytes() for name, program in made}
-        alone = draws_alone(flags, pair, Cell(samples, flags.memory_prompt))
-        memory[samples][DRAWS_ALONE] = alone.temporary_bytes()
-        print(f"n = {samples}: {memory[samples]}", flush=True)
+    cells = [Cell(n, flags.memory_prompt, flags.shared[0]) for n in flags.memory_samples]
+    memory = {cell: temporary_bytes(flags, pair, cell) for cell in cells}
     print("\n".join(memory_table(flags, memory)))
     if flags.output:
         flags.output.parent.mkdir(parents=True, exist_ok=True)
-        found = {"flags": vars(flags) | {"output": str(flags.output)}, "seconds": seconds}
-        flags.output.write_text(json.dumps(found | {"temporary bytes": memory}, indent=2))
+        found = {
+            "flags": vars(flags) | {"output": str(flags.output)},
+            "seconds": [cell._asdict() | {"of": rounds} for cell, rounds in seconds.items()],
+            "temporary bytes": [cell._asdict() | {"of": sizes} for cell, sizes in memory.items()],
+        }
+        flags.output.write_text(json.dumps(found, indent=2))
 
 
 def parse_flags() -> argparse.Namespace:
@@ -96,6 +97,7 @@ def parse_flags() -> argparse.Namespace:
     add("--batch", type=int, default=8, help="B")
     add("--samples", type=int, nargs="+", default=[16, 64], help="n of the times")
     add("--prompt", type=int, default=96, help="tokens, of the times")
+    add("--shared", type=int, nargs="+", default=[1, 48], help="first tokens alike in all prompts")
     add("--memory_samples", type=int, nargs="+", default=[1, 16, 64], help="n of the memory")
     add("--memory_prompt", type=int, default=512, help="tokens, of the memory")
     add("--length", type=int, default=8, help="T, at least 4")
@@ -103,13 +105,22 @@ def parse_flags() -> argparse.Namespace:
     add("--vocab_size", type=int, default=4096, help="V")
     add("--rounds", type=int, default=3, help="of the times, at least 3")
     add("--output", type=Path, help="JSON of what was measured")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    shortest = min(flags.prompt, flags.memory_prompt)
+    if not 1 <= min(flags.shared) <= max(flags.shared) < shortest:
+        parser.error(f"--shared must be between 1 and {shortest - 1}: prompts end apart")
+    return flags
 
 
-def inputs_for(flags: argparse.Namespace, pair: pairs.Pair, prompt: int) -> pairs.Inputs:
-    """Prompts that share one token, as recexplore's own do."""
+def inputs_for(flags: argparse.Namespace, pair: pairs.Pair, cell: Cell) -> pairs.Inputs:
+    """Prompts that share their first tokens: one in recexplore's own prompts of any histories; as
+    many as the oldest cluster has in those that bulk inference puts together."""
     return pairs.random_inputs(
-        flags.batch, 1, prompt - 1, flags.num_clusters, pair.config.vocab_size
+        flags.batch,
+        cell.shared,
+        cell.prompt - cell.shared,
+        flags.num_clusters,
+        pair.config.vocab_size,
     )
 
 
@@ -125,7 +136,7 @@ def programs(
     flags: argparse.Namespace, pair: pairs.Pair, cell: Cell
 ) -> Iterator[tuple[str, Program]]:
     """All methods by name."""
-    inputs, trie = inputs_for(flags, pair, cell.prompt), trie_of(flags, pair)
+    inputs, trie = inputs_for(flags, pair, cell), trie_of(flags, pair)
     for name, decoding in T5X.items():
         yield name, t5x_program(flags, pair, inputs, trie, cell.samples, decoding)
     for sampler in OURS:
@@ -211,7 +222,7 @@ def t5x_program(flags, pair, inputs, trie, samples: int, decoding: dict) -> Prog
 
 def draws_alone(flags: argparse.Namespace, pair: pairs.Pair, cell: Cell) -> Program:
     """T5X's draws without scores."""
-    inputs, trie = inputs_for(flags, pair, cell.prompt), trie_of(flags, pair)
+    inputs, trie = inputs_for(flags, pair, cell), trie_of(flags, pair)
     whole = t5x_program(flags, pair, inputs, trie, cell.samples, T5X["t5x, any tokens"])
     novelty_params, _, batch = whole.arguments
     model, options = novelty_of(pair, trie), draw_options(flags, {"logit_callback_fn": None})
@@ -249,7 +260,8 @@ def agreement(flags: argparse.Namespace, pair: pairs.Pair) -> float:
     Raises:
       SystemExit: it is too large for a comparison to mean anything, or T5X chose no cluster.
     """
-    inputs, trie = inputs_for(flags, pair, flags.prompt), trie_of(flags, pair)
+    inputs = inputs_for(flags, pair, Cell(4, flags.prompt, flags.shared[0]))
+    trie = trie_of(flags, pair)
     drawn, scores, logs = t5x_program(flags, pair, inputs, trie, 4, {}).run(0)
     sequences = {tuple(row): cluster for cluster, row in enumerate(trie.sequences.tolist())}
     chosen = [sequences.get(tuple(row)) for row in np.asarray(drawn).tolist()]
@@ -283,44 +295,47 @@ def times(flags: argparse.Namespace, pair: pairs.Pair, cell: Cell) -> dict[str, 
     return interleaved(runs, 0.0, flags.rounds)
 
 
-def time_table(flags: argparse.Namespace, seconds: dict[int, dict]) -> Iterator[str]:
+def temporary_bytes(flags: argparse.Namespace, pair: pairs.Pair, cell: Cell) -> dict[str, int]:
+    """What a call of every method needs, and of T5X's draws alone."""
+    made = {name: program.temporary_bytes() for name, program in programs(flags, pair, cell)}
+    return made | {DRAWS_ALONE: draws_alone(flags, pair, cell).temporary_bytes()}
+
+
+def time_table(flags: argparse.Namespace, seconds: dict[Cell, dict]) -> Iterator[str]:
     """Decisions per second, and how many times as many as T5X's faster way."""
     yield f"\nB = {flags.batch}, prompts of {flags.prompt} tokens: decisions per second (ratio)"
     yield from _table(
         {
-            samples: {name: flags.batch / np.median(values) for name, values in rows.items()}
-            for samples, rows in seconds.items()
+            cell: {name: flags.batch / np.median(values) for name, values in rows.items()}
+            for cell, rows in seconds.items()
         },
         "{:.2f}".format,
         lambda ours, theirs: ours / max(theirs),
     )
 
 
-def memory_table(flags: argparse.Namespace, memory: dict[int, dict]) -> Iterator[str]:
+def memory_table(flags: argparse.Namespace, memory: dict[Cell, dict]) -> Iterator[str]:
     """Temporary megabytes, and T5X's leaner way's over ours."""
     yield f"\nB = {flags.batch}, prompts of {flags.memory_prompt} tokens: temporary MB (ratio)"
     yield from _table(
-        {
-            samples: {name: size / 1e6 for name, size in rows.items()}
-            for samples, rows in memory.items()
-        },
+        {cell: {name: size / 1e6 for name, size in rows.items()} for cell, rows in memory.items()},
         "{:.0f}".format,
         lambda ours, theirs: min(theirs) / ours,
     )
 
 
-def _table(rows: dict, shown: Callable, ratio: Callable) -> Iterator[str]:
+def _table(rows: dict[Cell, dict], shown: Callable, ratio: Callable) -> Iterator[str]:
     first = next(iter(rows.values()))
     beside = [name for name in (*T5X, DRAWS_ALONE) if name in first]
     names = [*beside, *OURS]
-    yield f"| n | {' | '.join(names)} |"
-    yield f"|{' --- |' * (len(names) + 1)}"
-    for samples, values in rows.items():
+    yield f"| n | shared tokens | {' | '.join(names)} |"
+    yield f"|{' --- |' * (len(names) + 2)}"
+    for cell, values in rows.items():
         theirs = [values[name] for name in T5X]
         cells = [shown(values[name]) for name in beside]
         for name in OURS:
             cells.append(f"{shown(values[name])} ({ratio(values[name], theirs):.1f}×)")
-        yield f"| {samples} | {' | '.join(cells)} |"
+        yield f"| {cell.samples} | {cell.shared} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
