@@ -59,6 +59,7 @@ setup(
     },
     install_requires=[
         "clu>=0.0.12",
+        "etils[epath]>=1.9",
         "flax>=0.12.8",
         "gin-config>=0.5.0",
         "ibis-framework[duckdb]>=12.0",

@@ -306,7 +306,8 @@ def _read_if_whole(path: Path, keys: set[str]) -> dict[str, Any] | None:
 def _outside_files(bindings: dict[str, str]) -> dict[str, list]:
     """Size and time of every file outside the work directory that a binding names.
 
-    A path, a pattern of paths, or the URL of a database in a file. What a database server holds
+    A path, a pattern of paths, or the URL of a database in a file. Of a folder all files in it, and
+    the names of its folders, such as checkpoints, but for hidden ones. What a database server holds
     can't be told; to read it again, remove the artefact made from it.
     """
     found = {}
@@ -318,6 +319,8 @@ def _outside_files(bindings: dict[str, str]) -> dict[str, list]:
                 if file.is_file():
                     stat = file.stat()
                     found[str(file)] = [stat.st_size, stat.st_mtime_ns]
+                elif file.is_dir() and not file.name.startswith("."):
+                    found[str(file)] = []
     return found
 
 

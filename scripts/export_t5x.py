@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--model", required=True, help="novelty, alignment, …")
-    parser.add_argument("--to", required=True, type=Path, help="gets checkpoint_<step>")
+    parser.add_argument("--to", required=True, help="gets checkpoint_<step>")
     parser.add_argument("--to_train", action="store_true", help="with the optimizer's state")
     flags = parser.parse_args(arguments)
     try:

@@ -24,14 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint_<step>")
-    parser.add_argument("--tokenizer", type=Path, help="its SentencePiece model, spiece.model")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint_<step>")
+    parser.add_argument("--tokenizer", type=Path, help="its SentencePiece model, of any name")
     parser.add_argument("--to", required=True, type=Path, help="a new folder")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     flags = parser.parse_args(arguments)
-    files = [] if flags.tokenizer is None else [flags.tokenizer]
     try:
-        config = to_huggingface(flags.checkpoint, flags.to, files, flags.dtype)
+        config = to_huggingface(flags.checkpoint, flags.to, flags.tokenizer, flags.dtype)
     except InputError as error:
         said = f"import_t5x: {error}"
         whole = {"break_long_words": False, "break_on_hyphens": False}

@@ -25,7 +25,7 @@ def renamed(wanted: Mapping[str, Any], found: Mapping[str, Any], rules: Rules) -
         as the replacement says among those found; the first that matches counts.
 
     Raises:
-      InputError: a rule is no pattern, or matches nothing.
+      InputError: a rule is no pattern, matches nothing, or can't be replaced.
     """
     patterns, unused = [], {pattern for pattern, _ in rules}
     for pattern, replacement in rules:
@@ -38,7 +38,7 @@ def renamed(wanted: Mapping[str, Any], found: Mapping[str, Any], rules: Rules) -
         theirs = name
         for pattern, replacement in patterns:
             if match := pattern.fullmatch(name):
-                theirs = match.expand(replacement)
+                theirs = _expanded(match, replacement)
                 unused.discard(pattern.pattern)
                 break
         if theirs in found:
@@ -117,12 +117,21 @@ def suggested(missing: Mapping[str, Any], left: Mapping[str, Any]) -> list[tuple
         tail, likeness = _kinship(name, best)
         ours, theirs = name.split("/"), best.split("/")
         if tail:
-            before = ["/".join([*parts[: len(parts) - tail], ""]) for parts in (ours, theirs)]
-            ahead = [text if text != "/" else "" for text in before]
+            ahead = ["/".join([*parts[: len(parts) - tail], ""]) for parts in (ours, theirs)]
             rules[f"{re.escape(ahead[0])}(.*)", f"{ahead[1]}\\1"] = None
         elif likeness >= _ALIKE:
             rules[re.escape(name), best] = None
     return list(rules)
+
+
+def _expanded(match: re.Match[str], replacement: str) -> str:
+    try:
+        return match.expand(replacement)
+    except (re.error, IndexError) as error:
+        raise InputError(
+            f"The mapping's pattern {match.re.pattern!r} can't be replaced by {replacement!r}: "
+            f"{error}."
+        ) from error
 
 
 def _kinship(name: str, other: str) -> tuple[int, float]:

@@ -67,14 +67,14 @@ class _Objective:
         """The objective's mean over the batch, and metrics under T5X's names.
 
         Where `loss_normalizing_factor` is set, the sum is divided by that instead of by the sum of
-        weights.
+        weights: T5X adds up what the parts of a batch give.
         """
         ours = as_ours(batch, self._trie.num_sequences)
         key = None if dropout_rng is None else _typed(dropout_rng)
         sums = self._sums(params, ours, key)
         factor = self._loss_normalizing_factor
-        mean = sums.loss / jnp.maximum(sums.weight, 1e-9)
-        return mean if factor is None else sums.loss / factor, _metrics(sums, mean, ours)
+        loss = sums.loss / (jnp.maximum(sums.weight, 1e-9) if factor is None else factor)
+        return loss, _metrics(sums, loss, ours)
 
     def _sums(self, params, batch: dict[str, Array], dropout_key=None) -> Sums:
         trie = jax.tree.map(jnp.asarray, self._trie)
@@ -97,6 +97,9 @@ class NoveltyModel(_Objective, models.DecoderOnlyModel):
       decode_fn: t5x.decoding.temperature_sample, its arguments bound.
       loss_normalizing_factor: what the summed loss is divided by; None: the sum of weights.
       feature_converter_cls: None: `t5x_data.ExampleConverter`.
+
+    Raises:
+      InputError: the network has an encoder.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class NoveltyModel(_Objective, models.DecoderOnlyModel):
         loss_normalizing_factor: float | None = None,
         feature_converter_cls: Callable[..., Any] | None = None,
     ):
+        _check_decoder(module)
         super().__init__(
             module,
             input_vocabulary,
@@ -232,6 +236,9 @@ class AlignmentModel(_Objective, models.BaseTransformerModel):
       objective: of recexplore.training.objectives, about labels.
       loss_normalizing_factor: what the summed loss is divided by; None: the sum of weights.
       feature_converter_cls: None: `t5x_data.ExampleConverter`.
+
+    Raises:
+      InputError: the network has an encoder.
     """
 
     def __init__(
@@ -245,6 +252,7 @@ class AlignmentModel(_Objective, models.BaseTransformerModel):
         loss_normalizing_factor: float | None = None,
         feature_converter_cls: Callable[..., Any] | None = None,
     ):
+        _check_decoder(module)
         super().__init__(
             module,
             input_vocabulary,
@@ -359,7 +367,16 @@ def _only_clusters(
     return jnp.where(allowed, logits, decoding.NEG_INF.astype(logits.dtype))
 
 
-def _metrics(sums: Sums, mean: Float[Array, ""], batch: Batch) -> dict[str, clu_metrics.Metric]:
+def _check_decoder(module: nn.Module) -> None:
+    if module.config.has_encoder:
+        raise InputError(
+            f"The network's configuration is {type(module.config).__name__}, but under T5X "
+            "recexplore's models are decoders: bind t5x_data.network.make_config = "
+            "@transformer.TransformerConfig. Train encoder-decoders by `recexplore train`."
+        )
+
+
+def _metrics(sums: Sums, loss: Float[Array, ""], batch: Batch) -> dict[str, clu_metrics.Metric]:
     """The batch's figures under T5X's names."""
     examples = jnp.sum(batch["lengths"] > 0)
     tokens = jnp.asarray(batch["tokens"].size)
@@ -367,7 +384,7 @@ def _metrics(sums: Sums, mean: Float[Array, ""], batch: Batch) -> dict[str, clu_
     rate = metrics.TimeRate.from_model_output
     cores = jax.device_count()
     return {
-        "loss": metrics.AveragePerStep(total=mean),
+        "loss": metrics.AveragePerStep(total=loss),
         "accuracy": clu_metrics.Average(total=sums.correct, count=sums.weight),
         "loss_per_example": clu_metrics.Average(total=sums.loss, count=sums.weight),
         "weight_sum": metrics.AveragePerStep(total=sums.weight),

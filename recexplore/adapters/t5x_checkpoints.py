@@ -11,16 +11,18 @@ Either holds a nested dictionary:
                           fields, then the parameters' names; links without state are left out
 """
 
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from flax import serialization, traverse_util
 
 from recexplore.adapters import name_difference
@@ -32,16 +34,16 @@ _STATE = "state"  # Orbax's item
 _DATASET, _FIRST_OF_ONE = "dataset", "train_ds-000-of-001"  # where data goes on, of one process
 _LEGACY = "checkpoint"  # the legacy form's msgpack file
 _OUTER = "params"  # the collection, which T5X's names don't have
-Mapping = Sequence[tuple[str, str]]
 Tree = dict[str, Any]
 
 
-def read(path: Path | str, parts: Sequence[str] | None = None) -> Tree:
+def read(path: epath.PathLike, parts: Sequence[str] | None = None) -> Tree:
     """The arrays of a checkpoint of any T5X model, as a plain nested dictionary of numpy arrays.
 
     Args:
-      path: a `checkpoint_<step>` folder, or one that has some, of which the latest is read.
-      parts: of the top level, such as ("target",); None: all.
+      path: a `checkpoint_<step>` folder, or one that has some, of which the latest is read; here
+        or in a bucket (gs://…).
+      parts: names such as "target" or "state/step"; None: all.
 
     Raises:
       InputError: there is no checkpoint, it can't be read, or it lacks a part.
@@ -58,7 +60,7 @@ def read(path: Path | str, parts: Sequence[str] | None = None) -> Tree:
         raise InputError(f"The T5X checkpoint {folder} can't be read: {said}") from error
 
 
-def read_orbax(folder: Path, parts: Sequence[str] | None = None) -> Tree:
+def read_orbax(folder: epath.PathLike, parts: Sequence[str] | None = None) -> Tree:
     """The arrays of one Orbax item, such as `checkpoint_<step>/state`, whoever wrote it.
 
     Args:
@@ -69,7 +71,10 @@ def read_orbax(folder: Path, parts: Sequence[str] | None = None) -> Tree:
       InputError: it lacks a part.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        metadata = _picked(reader.metadata(folder).item_metadata.tree, parts, folder)
+        said = reader.metadata(folder).item_metadata
+        if said is None:  # the oldest say nothing of what they hold
+            return jax.tree.map(np.asarray, _picked(reader.restore(folder), parts, folder))
+        metadata = _picked(said.tree, parts, folder)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
         arguments = ocp.args.PyTreeRestore(
             item=metadata, restore_args=as_numpy, partial_restore=True
@@ -77,13 +82,13 @@ def read_orbax(folder: Path, parts: Sequence[str] | None = None) -> Tree:
         return reader.restore(folder, args=arguments)
 
 
-def find(path: Path | str) -> Path:
+def find(path: epath.PathLike) -> epath.Path:
     """The folder of a checkpoint: `path` itself, or the latest checkpoint in it.
 
     Raises:
       InputError: there is none.
     """
-    path = Path(path).resolve()
+    path = epath.Path(path).resolve()
     if (path / _STATE).is_dir() or (path / _LEGACY).is_file():
         return path
     found = {
@@ -99,16 +104,18 @@ def find(path: Path | str) -> Path:
     return found[max(found)]
 
 
-def read_step(path: Path | str) -> int:
+def read_step(path: epath.PathLike) -> int:
     """Steps that were taken before a checkpoint.
 
     Raises:
       InputError: see `read`.
     """
-    return int(read(path, (_STATE,))["state"]["step"])
+    return int(read(path, ("state/step",))["state"]["step"])
 
 
-def read_parameters(path: Path | str, model: nn.Module, mapping: Mapping = ()) -> Tree:
+def read_parameters(
+    path: epath.PathLike, model: nn.Module, mapping: name_difference.Rules = ()
+) -> Tree:
     """A checkpoint's parameters, as variables of one of our networks, in its dtypes.
 
     Args:
@@ -126,13 +133,13 @@ def read_parameters(path: Path | str, model: nn.Module, mapping: Mapping = ()) -
     found = _flat(read(folder, ("target",))["target"])
     wanted = _flat(abstract_parameters(model)[_OUTER])
     named = name_difference.renamed(wanted, found, mapping)
-    all_found = named if mapping else found
+    all_found = named if mapping and len(named) == len(wanted) else found
     name_difference.check(f"The T5X checkpoint {folder}", wanted, named, all_found)
     cast = {name: np.asarray(named[name], leaf.dtype) for name, leaf in wanted.items()}
     return {_OUTER: traverse_util.unflatten_dict(cast, sep="/")}
 
 
-def read_optimizer(path: Path | str, abstract: Any) -> Any:
+def read_optimizer(path: epath.PathLike, abstract: Any) -> Any:
     """A checkpoint's optimizer state, as our trainer's optimizer has it.
 
     Args:
@@ -168,12 +175,12 @@ def read_optimizer(path: Path | str, abstract: Any) -> Any:
 
 
 def write(
-    folder: Path | str,
+    folder: epath.PathLike,
     step: int,
     params: Any,
     optimizer: Any = None,
     position: dict[str, int] | None = None,
-) -> Path:
+) -> epath.Path:
     """Writes a checkpoint that `t5x.train` and `t5x.infer` restore.
 
     Args:
@@ -194,9 +201,10 @@ def write(
     if others:
         raise InputError(
             f"A T5X checkpoint has parameters alone, but the model has {', '.join(others)} too. "
-            "Merge adapters into the kernels first, as scripts/export_huggingface.py does."
+            "Merge adapters into the kernels first, as scripts/export_t5x.py does without "
+            "--to_train."
         )
-    folder = Path(folder).resolve()
+    folder = epath.Path(folder).resolve()
     state: Tree = {"step": np.asarray(step, np.int32)}
     if optimizer is not None:
         flat = _flat(serialization.to_state_dict(optimizer))
@@ -224,7 +232,7 @@ def write(
     return folder / f"{PREFIX}_{step}"
 
 
-def _read_legacy(folder: Path, parts: Sequence[str] | None) -> Tree:
+def _read_legacy(folder: epath.Path, parts: Sequence[str] | None) -> Tree:
     contents = serialization.msgpack_restore((folder / _LEGACY).read_bytes())
     contents = contents.get("optimizer", contents)  # the oldest have no version around them
     picked = _picked(contents, parts, folder)
@@ -234,9 +242,10 @@ def _read_legacy(folder: Path, parts: Sequence[str] | None) -> Tree:
             return np.asarray(leaf)
         inner = leaf["kvstore"]
         path = inner.get("path", leaf.get("path", "")).rstrip("/")
-        place = folder / path.rpartition("/")[2]  # wherever it was written, it lies beside now
-        store = {"driver": "file", "path": f"{place}/"}
-        return ts.open({"driver": "zarr", "kvstore": store}, open=True).result().read().result()
+        place = os.fspath(folder / path.rpartition("/")[2])  # wherever it was, it is beside now
+        store = f"{place}/" if "://" in place else {"driver": "file", "path": f"{place}/"}
+        found = ts.open({"driver": "zarr", "kvstore": store}, open=True).result().read().result()
+        return found.view(jnp.bfloat16) if found.dtype == np.uint16 else found  # version 2's bits
 
     return jax.tree.map(array, picked, is_leaf=_is_spec)
 
@@ -246,13 +255,19 @@ def _is_spec(leaf: Any) -> bool:
     return isinstance(leaf, dict) and {"driver", "kvstore", "metadata"} <= set(leaf)
 
 
-def _picked(tree: Tree, parts: Sequence[str] | None, folder: Path) -> Tree:
-    for part in parts or ():
-        if part not in tree:
+def _picked(tree: Tree, parts: Sequence[str] | None, folder: epath.PathLike) -> Tree:
+    if parts is None:
+        return tree
+    flat = traverse_util.flatten_dict(tree, True, lambda _, leaf: _is_spec(leaf), sep="/")
+    picked = {}
+    for part in parts:
+        below = {name: x for name, x in flat.items() if f"{name}/".startswith(f"{part}/")}
+        if not below:
             raise InputError(
                 f"The T5X checkpoint {folder} has no {part!r}; it has {', '.join(sorted(tree))}."
             )
-    return {name: value for name, value in tree.items() if parts is None or name in parts}
+        picked |= below
+    return traverse_util.unflatten_dict(picked, sep="/")
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -14,10 +14,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 from clu.data import dataset_iterator
+from etils import epath
 
 from recexplore import artifacts, explorer, pipeline
 from recexplore.errors import InputError
 from recexplore.interests.cluster_table import ClusterTable
+from recexplore.models.config_file import embedding_rows
 from recexplore.models.trie import Trie
 from recexplore.tasks import seqio_tasks
 from recexplore.tasks.seqio_vocabulary import Tokens, description_tokens, prompt_tokens
@@ -79,6 +81,7 @@ def network(
     make_network: Callable[[Any], Any],
     make_config: Callable[..., Any],
     max_length: int | None = None,
+    pretrained: str | None = None,
 ) -> Any:
     """The network that `recexplore train` would make for these examples.
 
@@ -88,8 +91,10 @@ def network(
       make_network: Transformer or RewardModel.
       make_config: TransformerConfig, all but its vocab_size and max_length bound.
       max_length: tokens of a row; None: of the longest example.
+      pretrained: the folder that `pipeline.train.pretrained` names, whose embedding may have more
+        rows than the vocabulary.
     """
-    rows = _vocabulary(work).embedding_rows
+    rows = embedding_rows(pretrained) if pretrained else _vocabulary(work).embedding_rows
     longest = max_length or longest_example(work, model)
     return make_network(make_config(vocab_size=rows, max_length=longest))
 
@@ -258,11 +263,11 @@ class Rows(dataset_iterator.DatasetIterator):
 
     def save(self, filename: Any) -> None:
         """Writes the place of the next batch."""
-        Path(filename).write_text(json.dumps(self._batches.position()))
+        epath.Path(filename).write_text(json.dumps(self._batches.position()))
 
     def restore(self, filename: Any) -> None:
         """Goes to a place that was written."""
-        self._batches.move_to(json.loads(Path(filename).read_text()))
+        self._batches.move_to(json.loads(epath.Path(filename).read_text()))
 
 
 def _examples(work: str, model: str) -> Path:

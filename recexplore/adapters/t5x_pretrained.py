@@ -4,10 +4,11 @@ A checkpoint of t5x/examples/t5 (T5 1.1, Flan-T5, mT5, the original T5) tells it
 nobody has to write them down.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from flax import traverse_util
 
 from recexplore.adapters import t5x_checkpoints
@@ -17,13 +18,14 @@ from recexplore.models.encoder_decoder import EncoderDecoderConfig
 from recexplore.models.t5_names import from_t5x
 
 _MAX_LENGTH = 512  # relative positions have no end; this is what T5 was trained on
+_TOKENIZER = "spiece.model"  # as T5's is called there; ours has another name
 _BIASES = "encoder/relpos_bias/rel_embedding"
 
 
 def to_huggingface(
-    checkpoint: Path | str,
+    checkpoint: epath.PathLike,
     folder: Path,
-    tokenizer_files: Sequence[Path | str] = (),
+    tokenizer: Path | str | None = None,
     dtype: str = "float32",
 ) -> EncoderDecoderConfig:
     """Writes a folder as Hugging Face has it from a T5X checkpoint.
@@ -31,22 +33,26 @@ def to_huggingface(
     Args:
       checkpoint: a `checkpoint_<step>` folder, or one that has some, of which the latest is read.
       folder: made.
-      tokenizer_files: copied into it: spiece.model, as T5's vocabulary is called there.
+      tokenizer: T5's SentencePiece model, whatever it is called; it becomes spiece.model.
       dtype: of the parameters written.
 
     Returns:
       The network's sizes.
 
     Raises:
-      InputError: there is no checkpoint, or it isn't T5's; see also `pretrained.save`.
+      InputError: there is no checkpoint, or it isn't T5's; there is no such tokenizer; see also
+        `pretrained.save`.
     """
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise InputError(f"{tokenizer}, the SentencePiece model to go with it, is missing.")
+    beside = {} if tokenizer is None else {_TOKENIZER: Path(tokenizer).read_bytes()}
     tree = t5x_checkpoints.read(checkpoint, ("target",))["target"]
     config = config_of(tree, dtype)
     pretrained.save(
         folder,
         from_t5x(tree, config),
         config,
-        tokenizer_files,
+        beside=beside,
         token_ids={"eos_token_id": 1, "pad_token_id": 0},
     )
     return config

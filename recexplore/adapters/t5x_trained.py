@@ -13,12 +13,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from recexplore import artifacts
 from recexplore.adapters import t5x_checkpoints
 from recexplore.distributed.checkpoints import Checkpoints, best_step
 from recexplore.errors import InputError
-from recexplore.models import saved
+from recexplore.models import lora, saved
 from recexplore.training.optimization import Optimization
 from recexplore.training.program import Objective
 from recexplore.training.train_step import evaluation_step
@@ -82,20 +83,22 @@ def take_or_train(
     return TrainResult(step, step, told)
 
 
-def give(trained: Path, to: Path, to_train: bool = False) -> Path:
+def give(trained: Path, to: epath.PathLike, to_train: bool = False) -> epath.Path:
     """A model that `recexplore train` made, as a checkpoint for T5X.
 
     Args:
       trained: the model's folder.
-      to: gets `checkpoint_<step>`.
+      to: gets `checkpoint_<step>`; here or in a bucket (gs://…).
       to_train: the latest parameters with the optimizer's state and the place of the next batch,
-        for `t5x.train` to go on from; otherwise what is used: the best checkpoint's average.
+        for `t5x.train` to go on from; otherwise what is used: the best checkpoint's average,
+        adapters merged into their kernels.
 
     Returns:
       The checkpoint's folder.
 
     Raises:
-      InputError: there is no model, it has adapters, or its optimizer isn't T5X's.
+      InputError: there is no model; or, to train on, it has adapters or an optimizer that isn't
+        T5X's.
     """
     if not (trained / saved.NETWORK).is_file():
         raise InputError(f"{trained} holds no trained model. Run `recexplore train` first.")
@@ -108,6 +111,8 @@ def give(trained: Path, to: Path, to_train: bool = False) -> Path:
         raise InputError(f"{folder} holds no checkpoint. Run `recexplore train` first.")
     if not to_train:
         params = saved.load_parameters(trained, model, description["pretrained"])
+        if model.config.lora_rank:
+            params, _ = lora.merge(params, model.config)
         return t5x_checkpoints.write(to, best_step(folder), params)
     latest = folder / str(steps[-1])
     params, optimizer = _state(latest / "state", model)

@@ -5,6 +5,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -160,6 +161,62 @@ class Block(nn.Module):
                 mixed = RMSNorm(c, name="post_mlp_layer_norm")(mixed)
             x = x + drop(mixed)
         return constrain(x, "activation_batch", None, "activation_embed"), own
+
+
+class OutputTable(nn.Module):
+    """Logits by the rows of a network's output table, of the whole vocabulary or of some tokens.
+
+    A network that is one has a `config`, `token_embedder`, `logits_dense` unless its
+    embeddings are tied, and `_logits`, the product of hidden states and rows.
+    """
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits over the whole vocabulary, in float32."""
+        table = bring_table(self._output_table(), self.config.dtype)
+        logits = self._logits("...d,vd->...v", hidden, table)
+        return constrain(logits, "activation_batch", None, "activation_vocab")
+
+    def token_logits(
+        self, hidden: Float[Array, "*batch D"], tokens: Int[Array, "U"]
+    ) -> Float[Array, "*batch U"]:
+        """Logits of U given tokens only, in float32; the rest of the vocabulary is not touched."""
+        rows = jnp.take(self._output_table(), tokens, axis=0)
+        return self._logits("...d,ud->...u", hidden, rows)
+
+    def paired_logits(
+        self, hidden: Float[Array, "*batch U D"], tokens: Int[Array, "U"]
+    ) -> Float[Array, "*batch U"]:
+        """The logit of one token each after U hidden states, in float32."""
+        rows = jnp.take(self._output_table(), tokens, axis=0)
+        return self._logits("...ud,ud->...u", hidden, rows)
+
+    def _output_table(self) -> Float[Array, "V D"]:
+        return self.token_embedder if self.config.tied_embeddings else self.logits_dense
+
+
+def read_last_layer_at(
+    read_at: Int[Array, "*batch R"],
+    run: Callable[..., tuple[Array, KeyValues]],
+    x: Float[Array, "*batch T D"],
+    num_layers: int,
+    unroll: int,
+) -> tuple[Float[Array, "*batch R D"], KeyValues]:
+    """Runs x through all layers, of which the last gives some tokens' hidden states alone.
+
+    Args:
+      read_at: places of those tokens.
+      run: run(x, layer, read_at=None): one layer; hidden states, keys and values.
+      x: of all tokens.
+      num_layers: L.
+      unroll: layers compiled side by side.
+
+    Returns:
+      Hidden states of the tokens, keys and values of all tokens in every layer.
+    """
+    before = num_layers - 1
+    x, first = jax.lax.scan(run, x, jnp.arange(before), unroll=min(unroll, max(before, 1)))
+    x, last = run(x, before, read_at)
+    return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), first, last)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

@@ -150,13 +150,13 @@ def save(
     if context_length < config.max_length:
         raise InputError(
             f"The context length to export is {context_length}, but "
-            f"transformer.TransformerConfig.max_length is {config.max_length} already."
+            f"{gin_name(type(config))}.max_length is {config.max_length} already."
         )
     entries = {**_NO_TOKENS, **config_json(config), **token_ids}
     if not config.has_encoder:  # whose relative positions have no end
         entries["max_position_embeddings"] = context_length
     dtype = config.param_dtype
-    flat = _checked_parameters(params, _abstract(table, config))
+    flat = _checked_parameters(params, _abstract(table, config), config)
     _check_destination(folder, tokenizer_files)
     shards = _shards(table, config, shard_bytes)
     files = [SINGLE_FILE]
@@ -295,7 +295,7 @@ def _some(names: list[str]) -> str:
 
 
 def _checked_parameters(
-    params: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
+    params: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], config: Config
 ) -> dict[str, Any]:
     """Parameters by path.
 
@@ -306,8 +306,8 @@ def _checked_parameters(
     if {*params} != {"params"} or {*flat} != {*wanted}:
         odd = {*params} - {"params"} or {*flat} ^ {*wanted}
         raise InputError(
-            "The parameters to export aren't those of transformer.Transformer with the "
-            f"configuration given: {_some(sorted(odd))} is in one of them only."
+            f"The parameters to export aren't those of the {gin_name(type(config))} "
+            f"given: {_some(sorted(odd))} is in one of them only."
         )
     for path, leaf in wanted.items():
         if flat[path].shape != leaf.shape:

@@ -24,8 +24,9 @@ from recexplore.models.layers import parameter
 def bucket_table(num_buckets: int, max_distance: int) -> Int[np.ndarray, "distances"]:
     """The bucket of every distance 0, 1, … up to `max_distance`, which stands for all beyond.
 
-    It is computed in float32, as T5X and transformers do: at the edges that rounding decides, all
-    three agree.
+    It is computed in float32, as transformers does, with which it agrees at the edges that rounding
+    decides. T5X adds an epsilon inside the logarithm, which changes nothing at the sizes of
+    published models.
 
     Args:
       num_buckets: of one direction.

@@ -23,10 +23,12 @@ from recexplore.models.layers import (
     EVERYTHING,
     PROJECTIONS,
     Block,
+    OutputTable,
     RMSNorm,
     Sight,
     bring_table,
     constrain,
+    read_last_layer_at,
 )
 
 DTYPES = ("float32", "bfloat16")
@@ -181,7 +183,7 @@ _CHOICES = {
 }
 
 
-class Transformer(nn.Module):
+class Transformer(OutputTable):
     """The language model; `init` and `apply` with `__call__`, other methods by `method=`.
 
     `prefill` reads whole sequences; `extend` reads tokens that also look at segments read before.
@@ -340,39 +342,13 @@ class Transformer(nn.Module):
             variables, kept, window = jax.tree.map(lambda a: a[layer], stacked)
             return block.apply(variables, x, kept, window, sight, True, read_at)
 
-        unroll = min(self.config.scan_unroll, max(count - 1, 1))
-        x, first = jax.lax.scan(run, x, jnp.arange(count - 1), unroll=unroll)
-        x, last = run(x, count - 1, read_at)
-        return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), first, last)
-
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Logits over the whole vocabulary, in float32."""
-        table = bring_table(self._output_table(), self.config.dtype)
-        logits = self._logits("...d,vd->...v", hidden, table)
-        return constrain(logits, "activation_batch", None, "activation_vocab")
-
-    def token_logits(
-        self, hidden: Float[Array, "*batch D"], tokens: Int[Array, "U"]
-    ) -> Float[Array, "*batch U"]:
-        """Logits of U given tokens only, in float32; the rest of the vocabulary is not touched."""
-        rows = jnp.take(self._output_table(), tokens, axis=0)
-        return self._logits("...d,ud->...u", hidden, rows)
-
-    def paired_logits(
-        self, hidden: Float[Array, "*batch U D"], tokens: Int[Array, "U"]
-    ) -> Float[Array, "*batch U"]:
-        """The logit of one token each after U hidden states, in float32."""
-        rows = jnp.take(self._output_table(), tokens, axis=0)
-        return self._logits("...ud,ud->...u", hidden, rows)
+        return read_last_layer_at(read_at, run, x, count, self.config.scan_unroll)
 
     def _logits(self, sum_of_products: str, hidden: Array, rows: Array) -> Array:
         rows = rows.astype(hidden.dtype)
         logits = jnp.einsum(sum_of_products, hidden, rows, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
-
-    def _output_table(self) -> Float[Array, "V D"]:
-        return self.token_embedder if self.config.tied_embeddings else self.logits_dense
 
     def _windows(self) -> Int[Array, "L"]:
         """How far back each layer looks."""

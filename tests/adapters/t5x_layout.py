@@ -34,6 +34,21 @@ def write_orbax(folder, step, tree):
     return state.parent
 
 
+def write_first_orbax(folder, step, tree):
+    """`checkpoint_<step>/state` as the first versions had it: msgpack with places for the arrays,
+    each of which is a folder; nothing says what there is."""
+    state = folder / f"checkpoint_{step}" / "state"
+    state.mkdir(parents=True)
+    said = {}
+    for path, value in traverse_util.flatten_dict(tree).items():
+        name = ".".join(path)
+        _write_zarr({"driver": "file", "path": f"{state}/{name}/"}, value)
+        said[path] = f"PLACEHOLDER://{name}"
+    contents = serialization.msgpack_serialize(traverse_util.unflatten_dict(said))
+    (state / "checkpoint").write_bytes(contents)
+    return state.parent
+
+
 def write_legacy(folder, step, tree, driver="file"):
     """`checkpoint_<step>/checkpoint`, msgpack, and a folder for each array but scalars."""
     place = folder / f"checkpoint_{step}"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import serialization, traverse_util
-from t5x_layout import arrays_in, write_legacy, write_orbax
+from t5x_layout import arrays_in, write_first_orbax, write_legacy, write_orbax
 
 from recexplore.adapters import name_difference, t5x_checkpoints
 from recexplore.errors import InputError
@@ -28,7 +28,7 @@ CONFIG = TransformerConfig(
     mlp_dim=6,
     max_length=16,
 )
-FORMS = {"orbax": write_orbax, "legacy": write_legacy}
+FORMS = {"orbax": write_orbax, "first orbax": write_first_orbax, "legacy": write_legacy}
 NETWORKS = {"novelty": Transformer(CONFIG), "alignment": RewardModel(CONFIG, head="ordinal")}
 OPTIMIZATION = Optimization(steps=10, learning_rate=0.1)
 
@@ -110,6 +110,23 @@ def test_half_precision_comes_back_in_the_networks_own(tmp_path):
         "<i4",
     }
     assert_same(t5x_checkpoints.read_parameters(folder, model)["params"], target)
+
+
+def test_the_bits_of_bfloat16_that_old_checkpoints_have_are_read_as_such(tmp_path):
+    values = np.array([[1.5, -2.0], [0.25, 3e38]], jnp.bfloat16)
+    tree = {"target": {"w": values.view(np.uint16)}}
+    found = t5x_checkpoints.read(write_legacy(tmp_path, 1, tree))
+    assert_same(found, {"target": {"w": values}})
+
+
+def test_a_part_is_read_alone(tmp_path):
+    params, state = trained(NETWORKS["novelty"])
+    for write in FORMS.values():
+        folder = write(tmp_path / write.__name__, 3, as_t5x_has_it(params, state, 3))
+        step = np.asarray(3, np.int32)
+        assert_same(t5x_checkpoints.read(folder, ["state/step"]), {"state": {"step": step}})
+        with pytest.raises(InputError, match="has no 'state/st'; it has state, target"):
+            t5x_checkpoints.read(folder, ["state/st"])
 
 
 def test_the_latest_of_several_checkpoints_is_read(tmp_path):
@@ -199,6 +216,18 @@ def test_a_transformer_is_found_inside_a_reward_model_by_the_mapping_that_the_er
     assert_same(read["params"], jax.tree.map(np.asarray, params["params"]["transformer"]))
 
 
+def test_a_mapping_that_misses_names_is_met_with_what_was_found(tmp_path):
+    part = NETWORKS["novelty"]
+    folder = t5x_checkpoints.write(tmp_path, 1, variables_of(NETWORKS["alignment"]))
+    rules = [("layers/(.*)", r"transformer/layers/\1")]
+    with pytest.raises(InputError) as refused:
+        t5x_checkpoints.read_parameters(folder, part, rules)
+    said = str(refused.value)
+    assert "Expected and not found: decoder_norm/scale [4], token_embedder [8, 4]." in said
+    assert "transformer/decoder_norm/scale [4], transformer/token_embedder [8, 4]." in said
+    assert r"('(.*)', 'transformer/\\1')" in said
+
+
 def test_other_shapes_and_names_are_listed(tmp_path):
     model = NETWORKS["novelty"]
     target = jax.tree.map(np.asarray, variables_of(model)["params"])
@@ -219,6 +248,7 @@ def test_other_shapes_and_names_are_listed(tmp_path):
     [
         ([("(", "a")], r"pattern '\(' is none"),
         ([("nothing/.*", "a")], "pattern 'nothing/.*' matches no parameter of the model"),
+        ([("(.*)", r"a/\2")], r"pattern '\(\.\*\)' can't be replaced by 'a/\\\\2': invalid group"),
     ],
 )
 def test_a_mapping_that_means_nothing_is_refused(rules, message, tmp_path):

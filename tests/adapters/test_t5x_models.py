@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from recexplore.adapters import t5x_data
 
 from recexplore.errors import InputError  # noqa: E402
+from recexplore.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig  # noqa: E402
 from recexplore.models.reward_model import RewardModel  # noqa: E402
 from recexplore.models.saved import fresh_variables  # noqa: E402
 from recexplore.models.transformer import Transformer, TransformerConfig  # noqa: E402
@@ -177,6 +178,49 @@ def test_the_loss_is_the_objective_s_mean_and_metrics_have_t5x_s_names(objective
     summed = novelty_model(getattr(objectives, objective), loss_normalizing_factor=2.0)
     loss, _ = summed.eval_fn(variables["params"], batch)
     np.testing.assert_allclose(loss, sums.loss / 2.0, rtol=1e-6)
+
+
+def test_parts_of_a_batch_add_up_to_its_loss_and_gradient():
+    from t5x import trainer
+
+    weights = batch_of([SEQUENCES[3], [5, 1], SEQUENCES[0]])["weight"]
+    model = novelty_model(loss_normalizing_factor=float(2 * weights.sum()))
+    variables = variables_of(model.module)
+    batch = batch_of([SEQUENCES[3], [5, 1], SEQUENCES[0]])
+    batch = {name: np.concatenate([rows, rows]) for name, rows in batch.items()}
+    state = train_state.FlaxOptimTrainState.create(
+        model.optimizer_def, model.get_initial_variables(jax.random.PRNGKey(0), {})
+    ).replace_params(variables["params"])
+
+    def of_parts(count):
+        return trainer.accumulate_grads_microbatched(
+            model, state, batch, jax.random.PRNGKey(1), count
+        )
+
+    with as_t5x_runs():
+        (whole, said, _), (added, parts, _) = of_parts(None), of_parts(2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), whole, added)
+    loss, summed = (float(x["loss"].replace_steps(1).compute()) for x in (said, parts))
+    assert summed == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_encoder_is_refused():
+    config = EncoderDecoderConfig(
+        vocab_size=V,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        model_dim=8,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=8,
+        max_length=16,
+    )
+    with pytest.raises(InputError, match="EncoderDecoderConfig, but under T5X rec.* are decoders"):
+        novelty_model(module=EncoderDecoder(config))
+    with pytest.raises(InputError, match="Train encoder-decoders by `recexplore train`"):
+        t5x_models.AlignmentModel(
+            RewardModel(config), WORDS, WORDS, TRIE, None, objectives.pointwise_loss
+        )
 
 
 def test_training_smooths_labels_and_evaluation_does_not():

@@ -64,6 +64,18 @@ def test_a_checkpoint_becomes_a_folder_that_transformers_reads(tmp_path, form, w
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def test_t5_s_tokenizer_keeps_no_name_that_is_ours(tmp_path):
+    config, params = made("t5_1_1")
+    checkpoint = write_orbax(tmp_path, 7, {"target": to_t5x(params, config)})
+    tokenizer = tmp_path / "sentencepiece.model"  # as T5's is called in its own bucket
+    with pytest.raises(InputError, match="sentencepiece.model, the Sent.* is missing"):
+        to_huggingface(checkpoint, tmp_path / "hf", tokenizer)
+    tokenizer.write_bytes(b"pieces")
+    to_huggingface(checkpoint, tmp_path / "hf", tokenizer)
+    assert (tmp_path / "hf" / "spiece.model").read_bytes() == b"pieces"
+    assert not (tmp_path / "hf" / "sentencepiece.model").exists()
+
+
 def test_what_is_not_t5_s_is_refused_with_its_reason():
     config = EncoderDecoderConfig(**SIZES, bias_by_layer=True)
     shapes = saved.abstract_parameters(EncoderDecoder(config))

@@ -148,7 +148,7 @@ def test_training_under_t5x_is_our_trainer_s(trained, model):
     found = t5x_figures(theirs / "train", "loss")
     assert sorted(losses) == sorted(found) == list(range(1, STEPS + 1))
     for step, loss in losses.items():
-        assert found[step] == pytest.approx(loss, rel=1e-2 if step > 1 else 1e-5)
+        assert found[step] == pytest.approx(loss, rel=1e-4 if step > 1 else 1e-5)
     rates = our_figures(ours, "learning_rate")
     for step, rate in t5x_figures(theirs / "train", "learning_rate").items():
         assert rate == pytest.approx(rates[step], rel=1e-5, abs=1e-12)

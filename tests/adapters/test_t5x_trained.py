@@ -1,5 +1,7 @@
 """Models from T5X in a work directory, and ours for T5X; without T5X."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,7 +15,7 @@ from recexplore.adapters import t5x_checkpoints, t5x_trained
 from recexplore.configuration import Configuration
 from recexplore.distributed.checkpoints import Checkpoints
 from recexplore.errors import InputError
-from recexplore.models import saved
+from recexplore.models import pretrained, saved
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.saved import fresh_variables
 from recexplore.models.transformer import Transformer, TransformerConfig
@@ -185,6 +187,27 @@ def test_the_best_average_is_given_to_be_used(trained, tmp_path):
     assert "param_states" not in t5x_checkpoints.read(written)["state"]
 
 
+def test_adapters_are_given_merged(tmp_path):
+    config = dataclasses.replace(CONFIG, lora_rank=2, lora_scale=0.5)
+    model, base = Transformer(config), variables_of(Transformer(CONFIG), 3)
+    variables = base | {"lora": variables_of(model, 4)["lora"]}
+    pretrained.save(tmp_path / "base", base, CONFIG)
+    folder = tmp_path / "novelty"
+    folder.mkdir()
+    described = saved.describe(model, pretrained=str(tmp_path / "base"))
+    artifacts.write_json(folder / saved.NETWORK, described)
+    with contextlib.closing(Checkpoints(folder / saved.CHECKPOINTS)) as checkpoints:
+        checkpoints.save(7, {"params": {"lora": variables["lora"]}}, {}, 0.0)
+    written = t5x_trained.give(folder, tmp_path / "T")
+    found = jax.device_put(t5x_checkpoints.read_parameters(written, Transformer(CONFIG)))
+    tokens = jnp.arange(8)[None]
+    np.testing.assert_allclose(
+        Transformer(CONFIG).apply(found, tokens), model.apply(variables, tokens), atol=1e-5
+    )
+    with pytest.raises(InputError, match="has lora too. Merge .* without --to_train"):
+        t5x_trained.give(folder, tmp_path / "T", to_train=True)
+
+
 def test_the_latest_state_and_place_are_given_to_train_on(trained, tmp_path, monkeypatch):
     folder, model, states = trained
     monkeypatch.chdir(tmp_path)  # as in the command line of docs/t5x.md
@@ -193,7 +216,10 @@ def test_the_latest_state_and_place_are_given_to_train_on(trained, tmp_path, mon
     assert_equal(t5x_checkpoints.read_parameters(written, model), states[20]["params"])
     abstract = jax.eval_shape(lambda: states[20]["optimizer"])
     assert_equal(t5x_checkpoints.read_optimizer(written, abstract), states[20]["optimizer"])
-    assert artifacts.read_json(written / "dataset/train_ds-000-of-001") == {"epoch": 0, "at": 20}
+    assert artifacts.read_json(Path(written, "dataset/train_ds-000-of-001")) == {
+        "epoch": 0,
+        "at": 20,
+    }
 
 
 def test_a_model_that_is_not_there_is_not_given(tmp_path):
