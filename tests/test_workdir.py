@@ -80,6 +80,18 @@ def test_a_second_run_does_nothing_and_says_so_in_one_line(tmp_path):
     assert RAN == ["make"]
 
 
+def test_a_new_checkpoint_in_a_folder_that_a_binding_names_is_noticed(tmp_path):
+    (tmp_path / "T" / "checkpoint_10").mkdir(parents=True)
+    (tmp_path / "T" / "config.gin").write_text("")
+    binding = f"make.source = '{tmp_path}/T'"
+    run(work_directory(tmp_path, binding), MAKE)
+    (tmp_path / "T" / ".cache").mkdir()
+    assert run(work_directory(tmp_path, binding), MAKE) == ["make: up to date"]
+    (tmp_path / "T" / "checkpoint_20").mkdir()
+    assert "what it reads has changed" in run(work_directory(tmp_path, binding), MAKE)[0]
+    assert RAN == ["make", "make"]
+
+
 def test_the_operative_configuration_lies_beside_folders_and_files(tmp_path):
     work = work_directory(tmp_path, "make.number = 2", "use.factor = 5")
     run(work, MAKE)

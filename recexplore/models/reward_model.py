@@ -65,8 +65,9 @@ class RewardModel(nn.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], deterministic: bool = True
     ) -> Float[Array, "B"]:
-        """Scores right-padded sequences of `lengths` tokens; not with an encoder, to which it isn't
-        said where a prompt ends."""
+        """Scores right-padded sequences of `lengths` tokens; not with an encoder."""
+        if self.config.has_encoder:
+            raise ValueError("An encoder must know where a prompt ends: use `answer_states`.")
         hidden, _ = self.transformer.prefill(tokens, deterministic)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.score(last)
