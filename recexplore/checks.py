@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _AGGREGATE, _TOKENIZE, _TRAIN = (
     f"recexplore.pipeline.{stage}" for stage in ("aggregate", "tokenize", "train")
 )
+_TAKES = "recexplore.adapters.t5x_trained.take_or_train"
 _HISTORIES = "pipeline.tokenize.novelty_histories (NOVELTY_HISTORIES)"
 _TUNED = "experiments.tune.variants (TUNED)"
 
@@ -132,15 +133,15 @@ def check_experiment(configuration: "Configuration", stages: Sequence["Stage"]) 
 
 
 def check_pretrained(configuration: "Configuration", stages: Sequence["Stage"]) -> None:
-    """Checks the pretrained models' folders.
+    """Checks the folders of models that are started from or, from T5X, taken.
 
     Args:
       configuration: of the run.
       stages: that are going to run.
 
     Raises:
-      InputError: a folder lacks a file, has one that is damaged or not supported, or isn't that of
-        the network that is bound.
+      InputError: a folder isn't there, lacks a file, has one that is damaged or not supported, or
+        isn't that of the network that is bound.
     """
 
     def bound(selector: str, argument: str, scope: str = "") -> Any:
@@ -156,6 +157,10 @@ def check_pretrained(configuration: "Configuration", stages: Sequence["Stage"]) 
 
         vocabulary = read_pretrained(tokenizer)
     for stage in trained:
+        if checkpoint := bound(_TAKES, "checkpoint", stage.model):
+            from recexplore.adapters.t5x_checkpoints import find
+
+            find(checkpoint)
         if folder := bound(stage.selector, "pretrained", stage.model):
             from recexplore.models.config_file import check_config, check_kind
             from recexplore.models.pretrained import check_folder

@@ -136,6 +136,7 @@ def _run(arguments: Sequence[str]) -> int:
     checks.check_experiment(configuration, chosen)
     work = WorkDirectory(Path(flags.workdir), stages, configuration)
     if flags.dry_run:
+        checks.check_pretrained(configuration, [s for s in chosen if work.status(s).reason])
         for stage in chosen:
             print(_describe(work, stage))
         return 0

@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{flags.to}: {config.num_encoder_layers} + {config.num_decoder_layers} layers of width "
         f"{config.model_dim}, {config.vocab_size:,} tokens"
     )
+    if flags.tokenizer is None:
+        print("It has no tokenizer yet: name T5's SentencePiece model with --tokenizer.")
     return 0
 
 

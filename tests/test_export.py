@@ -176,6 +176,20 @@ def test_an_export_can_be_started_from(family, from_family, from_nothing, tmp_pa
         assert getattr(again, field) == getattr(vocabulary, field), field
 
 
+def test_an_own_vocabulary_without_a_piece_for_a_lone_separator_can_be_started_from(tmp_path):
+    for name in ("own", "again"):
+        (tmp_path / name).mkdir()
+    words = ["crafts", "crafts story"]  # after a space there is never a ";" in these prompts
+    prompts = [novelty_prompt(words), alignment_prompt(words)]
+    train_vocabulary(tmp_path / "own", prompts, words)
+    own = Vocabulary(tmp_path / "own")
+    for name, content in tokenizer_files(own).items():
+        (tmp_path / name).write_bytes(content)
+    pretrained_vocabulary(tmp_path / "again", prompts, words, pretrained=str(tmp_path))
+    again = Vocabulary(tmp_path / "again")
+    assert [again.encode_prompt(p) for p in prompts] == [own.encode_prompt(p) for p in prompts]
+
+
 def test_transformers_splits_texts_as_our_own_vocabulary_does(from_nothing):
     transformers = pytest.importorskip("transformers", reason=WHY)
     work, config = from_nothing

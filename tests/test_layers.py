@@ -45,10 +45,10 @@ EVERYTHING = {*STAGES, "checks", "pipeline", "cli"}
 ROOMS |= {
     "experiments": STAGES,
     "closed_loop": STAGES,
-    "checks": STAGES,
+    "checks": STAGES | {"adapters"},  # whether a checkpoint to be taken is there
     "pipeline": EVERYTHING - {"cli"},
     "cli": EVERYTHING,
-    "adapters": {  # nobody imports them
+    "adapters": {  # nobody else imports them
         *("errors", "artifacts", "interests", "tasks", "distributed", "models", "training"),
         *("explorer", "pipeline"),
     },

@@ -11,6 +11,7 @@ Either holds a nested dictionary:
                           fields, then the parameters' names; links without state are left out
 """
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from recexplore.models.saved import abstract_parameters
 PREFIX = "checkpoint"
 _STATE = "state"  # Orbax's item
 _DATASET, _FIRST_OF_ONE = "dataset", "train_ds-000-of-001"  # where data goes on, of one process
+CLUSTERS = "clusters"  # in that place: the fingerprint of the descriptions that were trained on
 _LEGACY = "checkpoint"  # the legacy form's msgpack file
 _OUTER = "params"  # the collection, which T5X's names don't have
 Tree = dict[str, Any]
@@ -57,7 +59,10 @@ def read(path: epath.PathLike, parts: Sequence[str] | None = None) -> Tree:
         raise
     except Exception as error:  # TensorStore has kinds of its own
         said = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"The T5X checkpoint {folder} can't be read: {said}") from error
+        raise InputError(
+            f"The T5X checkpoint {folder} can't be read, so it is damaged or unfinished: {said}. "
+            "Take another."
+        ) from error
 
 
 def read_orbax(folder: epath.PathLike, parts: Sequence[str] | None = None) -> Tree:
@@ -111,6 +116,20 @@ def read_step(path: epath.PathLike) -> int:
       InputError: see `read`.
     """
     return int(read(path, ("state/step",))["state"]["step"])
+
+
+def read_position(path: epath.PathLike) -> dict[str, Any] | None:
+    """Where training data goes on, as `t5x_data.Rows` has saved it; None where nothing says.
+
+    Raises:
+      InputError: see `find`.
+    """
+    file = find(path) / _DATASET / _FIRST_OF_ONE
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):  # none, or TensorFlow's
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_parameters(

@@ -17,10 +17,11 @@ from clu.data import dataset_iterator
 from etils import epath
 
 from recexplore import artifacts, explorer, pipeline
+from recexplore.adapters import t5x_checkpoints
 from recexplore.errors import InputError
 from recexplore.interests.cluster_table import ClusterTable
 from recexplore.models.config_file import embedding_rows
-from recexplore.models.trie import Trie
+from recexplore.models.trie import Trie, trie_fingerprint
 from recexplore.tasks import seqio_tasks
 from recexplore.tasks.seqio_vocabulary import Tokens, description_tokens, prompt_tokens
 from recexplore.tasks.vocabulary import Vocabulary
@@ -234,14 +235,19 @@ def get_dataset(
         pack=cfg.pack,
         examples_per_row=examples_per_row,
     )
-    return Rows(batches)
+    return Rows(batches, trie_fingerprint(descriptions))
 
 
 class Rows(dataset_iterator.DatasetIterator):
-    """`seqio_tasks.Batches` as an iterator that T5X saves and restores."""
+    """`seqio_tasks.Batches` as an iterator that T5X saves and restores.
 
-    def __init__(self, batches: seqio_tasks.Batches):
-        self._batches = batches
+    Args:
+      batches: the rows of this host.
+      clusters: the fingerprint of the descriptions, saved with the place.
+    """
+
+    def __init__(self, batches: seqio_tasks.Batches, clusters: str):
+        self._batches, self._clusters = batches, clusters
         first = next(self)
         batches.restart()
         self._spec = {
@@ -263,11 +269,23 @@ class Rows(dataset_iterator.DatasetIterator):
 
     def save(self, filename: Any) -> None:
         """Writes the place of the next batch."""
-        epath.Path(filename).write_text(json.dumps(self._batches.position()))
+        place = {**self._batches.position(), t5x_checkpoints.CLUSTERS: self._clusters}
+        epath.Path(filename).write_text(json.dumps(place))
 
     def restore(self, filename: Any) -> None:
-        """Goes to a place that was written."""
-        self._batches.move_to(json.loads(epath.Path(filename).read_text()))
+        """Goes to a place that was written.
+
+        Raises:
+          InputError: for other clusters or another vocabulary.
+        """
+        place = json.loads(epath.Path(filename).read_text())
+        if place.pop(t5x_checkpoints.CLUSTERS, self._clusters) != self._clusters:
+            raise InputError(
+                f"{filename} is of a training on other clusters, or with another vocabulary, than "
+                "WORKDIR has: token ids mean something else. Set another MODEL_DIR, or the WORKDIR "
+                "of that training."
+            )
+        self._batches.move_to(place)
 
 
 def _examples(work: str, model: str) -> Path:

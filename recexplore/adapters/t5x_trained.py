@@ -14,12 +14,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from recexplore import artifacts
 from recexplore.adapters import t5x_checkpoints
 from recexplore.distributed.checkpoints import Checkpoints, best_step
 from recexplore.errors import InputError
-from recexplore.models import lora, saved
+from recexplore.models import lora, saved, t5_names
+from recexplore.models.encoder_decoder import EncoderDecoder
+from recexplore.models.networks import LANGUAGE_MODELS
+from recexplore.models.reward_model import RewardModel
+from recexplore.models.trie import Trie, trie_fingerprint
 from recexplore.training.optimization import Optimization
 from recexplore.training.program import Objective
 from recexplore.training.train_step import evaluation_step
@@ -46,7 +51,7 @@ def take_or_train(
       folder: gets checkpoints/.
       model: the network.
       objective: what it was trained for.
-      constants: what objectives need besides model and batch.
+      constants: what objectives need besides model and batch: the trie of descriptions.
       data: of the validation split.
       progress: called as progress(step, steps, **figures).
       train: recexplore.training.trainer.train, for a model without a checkpoint.
@@ -56,7 +61,8 @@ def take_or_train(
       seed: of training.
 
     Raises:
-      InputError: the checkpoint doesn't fit the network; see `t5x_checkpoints.read_parameters`.
+      InputError: the checkpoint doesn't fit the network or the clusters, or has values that
+        aren't finite; see also `t5x_checkpoints.read_parameters`.
     """
     if checkpoint is None:
         return train(
@@ -74,13 +80,36 @@ def take_or_train(
             f"t5x_trained.take_or_train.checkpoint is {checkpoint!r}, and "
             "pipeline.train.pretrained names another model. Bind one of them to None."
         )
-    params = jax.device_put(t5x_checkpoints.read_parameters(checkpoint, model))
+    _check_clusters(checkpoint, constants)
+    params = t5x_checkpoints.read_parameters(checkpoint, model)
+    _check_finite(checkpoint, params)
+    params = jax.device_put(params)
     step = t5x_checkpoints.read_step(checkpoint)
     told = _mean(model, params, measure or objective, constants, data)
     with contextlib.closing(Checkpoints(folder / saved.CHECKPOINTS)) as checkpoints:
         checkpoints.save(step, {"params": params}, {}, told)
     progress(step, step, validation_loss=told)
     return TrainResult(step, step, told)
+
+
+def _check_clusters(checkpoint: epath.PathLike, trie: Trie) -> None:
+    """Checks that a checkpoint which says what clusters it was trained on was trained on these."""
+    position = t5x_checkpoints.read_position(checkpoint) or {}
+    if position.get(t5x_checkpoints.CLUSTERS, trie_fingerprint(trie)) != trie_fingerprint(trie):
+        raise InputError(
+            f"The T5X checkpoint {t5x_checkpoints.find(checkpoint)} was trained on other clusters "
+            "or with another vocabulary than this work directory has: its token ids mean something "
+            "else. Train it again on what `recexplore tokenize` wrote here."
+        )
+
+
+def _check_finite(checkpoint: epath.PathLike, params: Any) -> None:
+    for path, leaf in traverse_util.flatten_dict(params["params"], sep="/").items():
+        if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
+            raise InputError(
+                f"The T5X checkpoint {t5x_checkpoints.find(checkpoint)} has values in {path} that "
+                "are not finite numbers: it is damaged, or its training has diverged. Take another."
+            )
 
 
 def give(trained: Path, to: epath.PathLike, to_train: bool = False) -> epath.Path:
@@ -97,14 +126,20 @@ def give(trained: Path, to: epath.PathLike, to_train: bool = False) -> epath.Pat
       The checkpoint's folder.
 
     Raises:
-      InputError: there is no model; or, to train on, it has adapters or an optimizer that isn't
-        T5X's.
+      InputError: there is no model, or one that T5X has nothing like; or, to train on, it has
+        adapters, an encoder, no optimizer's state, or an optimizer that isn't T5X's.
     """
     if not (trained / saved.NETWORK).is_file():
         raise InputError(f"{trained} holds no trained model. Run `recexplore train` first.")
     trained = trained.resolve()  # as Orbax wants it
     description = artifacts.read_json(trained / saved.NETWORK)
     model = saved.rebuild(description)
+    scores_by_encoder = isinstance(model, RewardModel) and model.config.has_encoder
+    if not isinstance(model, (*LANGUAGE_MODELS, RewardModel)) or scores_by_encoder:
+        raise InputError(
+            f"{trained} is a {type(model).__name__} of {type(model.config).__name__}; for it T5X "
+            "has nothing. Novelty models can be exported, and alignment models without an encoder."
+        )
     folder = trained / saved.CHECKPOINTS
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     if not steps:
@@ -113,7 +148,15 @@ def give(trained: Path, to: epath.PathLike, to_train: bool = False) -> epath.Pat
         params = saved.load_parameters(trained, model, description["pretrained"])
         if model.config.lora_rank:
             params, _ = lora.merge(params, model.config)
+        if isinstance(model, EncoderDecoder):
+            params = {"params": t5_names.to_t5x(params, model.config)}
         return t5x_checkpoints.write(to, best_step(folder), params)
+    if model.config.lora_rank or model.config.has_encoder:
+        part = "adapters" if model.config.lora_rank else "an encoder"
+        raise InputError(
+            f"{trained} has {part}, and under T5X recexplore's models are trained without. Export "
+            "it without --to_train."
+        )
     latest = folder / str(steps[-1])
     params, optimizer = _state(latest / "state", model)
     position = ocp.JsonCheckpointHandler().restore(latest / "position")
@@ -127,6 +170,11 @@ def _state(state: Path, model: nn.Module) -> tuple[Any, Any]:
     abstract = {"params": shapes, "optimizer": jax.eval_shape(adamw.init, shapes)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        if "optimizer" not in reader.metadata(state).item_metadata.tree:
+            raise InputError(
+                f"{state} has parameters alone: the model was taken from a checkpoint of T5X's and "
+                "not trained here. Let t5x.train go on from that, or export without --to_train."
+            )
         try:
             found = reader.restore(
                 state,

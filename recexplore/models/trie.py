@@ -14,6 +14,7 @@ sequences below a node are one stretch of the sorted sequences, their *ranks*. H
 still allowed is a difference of two counts among the excluded ranks.
 """
 
+import hashlib
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -162,6 +163,17 @@ def build_trie(
         lengths=lengths,
         levels=_levels(nodes["token"], alphabets, num_children),
     )
+
+
+def trie_fingerprint(trie: Trie) -> str:
+    """Of all sequences and their order: of what ids and tokens mean to a model.
+
+    Args:
+      trie: on the host or the device.
+    """
+    digest = hashlib.sha256(repr(tuple(trie.sequences.shape)).encode())
+    digest.update(np.asarray(trie.sequences, "<i4").tobytes())
+    return digest.hexdigest()
 
 
 def exclude(trie: Trie, sequences: Int[Array, "B X"]) -> Int[Array, "B X"]:

@@ -27,7 +27,13 @@ from jaxtyping import Int
 
 from recexplore import artifacts
 from recexplore.errors import InputError
-from recexplore.tasks.prompts import HISTORY_SEPARATOR, INSTRUCTIONS, PREFIX
+from recexplore.tasks.prompts import (
+    HISTORY_SEPARATOR,
+    INSTRUCTIONS,
+    PREFIX,
+    alignment_prompt,
+    novelty_prompt,
+)
 from recexplore.tasks.tokenizer_files import (
     MODEL_FILES,
     OWN,
@@ -140,12 +146,11 @@ def pretrained_vocabulary(
     """
     vocabulary, source = read_pretrained(pretrained), Path(pretrained)
     vocabulary.encode_descriptions(descriptions)
-    phrases = " ".join([HISTORY_SEPARATOR, *INSTRUCTIONS])
-    if not vocabulary.spells(phrases):
-        raise InputError(
-            f"{vocabulary.path} can't spell {phrases!r}, which prompts are made of. Take another "
-            "tokenizer."
-        )
+    for prompt in (novelty_prompt(descriptions[:1]), alignment_prompt(descriptions[:1])):
+        if not vocabulary.spells(prompt):
+            raise InputError(
+                f"{vocabulary.path} can't spell {prompt!r}, as prompts are. Take another tokenizer."
+            )
     for prompt in prompts:
         vocabulary.encode_prompt(prompt)
     for path in (vocabulary.path, *(source / name for name in SIDE_FILES)):

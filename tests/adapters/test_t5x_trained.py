@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recexplore import artifacts, pipeline
+from recexplore import artifacts, cli, pipeline
 from recexplore.adapters import t5x_checkpoints, t5x_trained
 from recexplore.configuration import Configuration
 from recexplore.distributed.checkpoints import Checkpoints
 from recexplore.errors import InputError
 from recexplore.models import pretrained, saved
+from recexplore.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.saved import fresh_variables
+from recexplore.models.t5_names import from_t5x
 from recexplore.models.transformer import Transformer, TransformerConfig
-from recexplore.models.trie import build_trie
+from recexplore.models.trie import build_trie, trie_fingerprint
 from recexplore.training import objectives
 from recexplore.training.optimization import Optimization
 from recexplore.training.trainer import TrainResult
@@ -105,6 +107,50 @@ def test_a_checkpoint_of_t5x_s_becomes_a_trained_model(model, objective, measure
     loaded = saved.load_parameters(tmp_path / "M", model)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def take(tmp_path, checkpoint, model=None):
+    return t5x_trained.take_or_train(
+        tmp_path / "M",
+        model or Transformer(CONFIG),
+        objectives.constrained_description_loss,
+        TRIE,
+        Validation(),
+        nothing,
+        train=nothing,
+        checkpoint=str(checkpoint),
+    )
+
+
+def test_a_checkpoint_with_values_that_are_no_numbers_is_refused(tmp_path):
+    params = variables_of(Transformer(CONFIG))
+    params["params"]["layers"]["mlp"]["wo"] = jnp.full((2, 6, 4), jnp.nan)
+    checkpoint = t5x_checkpoints.write(tmp_path / "T", 70, params)
+    with pytest.raises(InputError, match="checkpoint_70 has values in layers/mlp/wo that are not"):
+        take(tmp_path, checkpoint)
+    assert not (tmp_path / "M").exists()
+
+
+def test_a_checkpoint_for_other_clusters_is_refused(tmp_path):
+    params, place = variables_of(Transformer(CONFIG)), {"epoch": 0, "at": 3}
+    own = {**place, "clusters": trie_fingerprint(TRIE)}
+    assert take(tmp_path, t5x_checkpoints.write(tmp_path / "T", 70, params, None, own)).steps == 70
+    other = trie_fingerprint(build_trie([[3, 1], [4, 5, 1], [4, 6, 1]], 1, 8))
+    place = {**place, "clusters": other}
+    checkpoint = t5x_checkpoints.write(tmp_path / "other", 70, params, None, place)
+    with pytest.raises(InputError, match="other/checkpoint_70 was trained on other clusters"):
+        take(tmp_path, checkpoint)
+
+
+def test_what_a_run_would_take_is_looked_for_before_anything_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = ["--gin_file", "runs/demo.gin", "--gin_file", "t5x/trained.gin"]
+    command = ["run", "--workdir", "W", *files, "--gin.ALIGNMENT_CHECKPOINT='nowhere'"]
+    for more in ([], ["--dry_run"]):
+        assert cli.main([*command, *more]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "nowhere is no T5X checkpoint and holds none" in said
+    assert not Path("W/interactions").exists()
 
 
 def test_without_a_checkpoint_it_is_trained(tmp_path):
@@ -204,7 +250,7 @@ def test_adapters_are_given_merged(tmp_path):
     np.testing.assert_allclose(
         Transformer(CONFIG).apply(found, tokens), model.apply(variables, tokens), atol=1e-5
     )
-    with pytest.raises(InputError, match="has lora too. Merge .* without --to_train"):
+    with pytest.raises(InputError, match="has adapters, .* without --to_train"):
         t5x_trained.give(folder, tmp_path / "T", to_train=True)
 
 
@@ -220,6 +266,55 @@ def test_the_latest_state_and_place_are_given_to_train_on(trained, tmp_path, mon
         "epoch": 0,
         "at": 20,
     }
+
+
+def test_what_was_taken_has_nothing_to_train_on(tmp_path):
+    model = Transformer(CONFIG)
+    take(tmp_path, t5x_checkpoints.write(tmp_path / "T", 70, variables_of(model)))
+    artifacts.write_json(tmp_path / "M" / saved.NETWORK, saved.describe(model))
+    with pytest.raises(InputError, match="has parameters alone: .* or export without --to_train"):
+        t5x_trained.give(tmp_path / "M", tmp_path / "again", to_train=True)
+    assert not (tmp_path / "again").exists()
+    assert t5x_trained.give(tmp_path / "M", tmp_path / "again").name == "checkpoint_70"
+
+
+ENCODER_DECODER = EncoderDecoderConfig(
+    vocab_size=8,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
+    model_dim=4,
+    num_heads=2,
+    head_dim=2,
+    mlp_dim=6,
+    max_length=8,
+)
+
+
+def saved_model(folder, model):
+    """A model's folder, with one checkpoint of random parameters."""
+    folder.mkdir()
+    artifacts.write_json(folder / saved.NETWORK, saved.describe(model))
+    params = variables_of(model)
+    with contextlib.closing(Checkpoints(folder / saved.CHECKPOINTS)) as checkpoints:
+        checkpoints.save(7, {"params": params}, {}, 0.0)
+    return params
+
+
+def test_an_encoder_decoder_goes_out_as_t5x_s_t5(tmp_path):
+    params = saved_model(tmp_path / "t5", EncoderDecoder(ENCODER_DECODER))
+    written = t5x_trained.give(tmp_path / "t5", tmp_path / "T")
+    tree = t5x_checkpoints.read(written, ["target"])["target"]
+    assert tree["decoder"]["layers_1"]["mlp"]["wi_0"]["kernel"].shape == (4, 6)
+    read = from_t5x(tree, ENCODER_DECODER)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    with pytest.raises(InputError, match="has an encoder, .* without --to_train"):
+        t5x_trained.give(tmp_path / "t5", tmp_path / "T2", to_train=True)
+
+
+def test_what_t5x_has_nothing_like_is_not_given(tmp_path):
+    saved_model(tmp_path / "scores", RewardModel(ENCODER_DECODER))
+    with pytest.raises(InputError, match="scores is a RewardModel of EncoderDecoderConfig; for it"):
+        t5x_trained.give(tmp_path / "scores", tmp_path / "T")
 
 
 def test_a_model_that_is_not_there_is_not_given(tmp_path):

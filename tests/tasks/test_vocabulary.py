@@ -361,7 +361,7 @@ BAD = {
         lambda f: letters(f, merges=[(":", " ")]),
         "doesn't keep 'interests:' apart from the rest of the prompt .* Take another tokenizer",
     ),
-    "no colon": (lambda f: letters(f, without=":"), "can't spell '; interests: next: liking:'"),
+    "no colon": (lambda f: letters(f, without=":"), "can't spell 'interests: space opera; next:'"),
 }
 
 
