@@ -31,6 +31,7 @@ from recexplore.models.reward_model import RewardModel  # noqa: E402
 from recexplore.models.saved import fresh_variables  # noqa: E402
 from recexplore.models.transformer import Transformer, TransformerConfig  # noqa: E402
 from recexplore.models.trie import build_trie  # noqa: E402
+from recexplore.tasks import seqio_tasks  # noqa: E402
 from recexplore.training import objectives  # noqa: E402
 from recexplore.training.optimization import Optimization  # noqa: E402
 
@@ -202,6 +203,40 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), whole, added)
     loss, summed = (float(x["loss"].replace_steps(1).compute()) for x in (said, parts))
     assert summed == pytest.approx(loss, rel=1e-5)
+
+
+class Counted(seqio_tasks.Batches):
+    """Batches that are their own numbers."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __next__(self):
+        self.at += 1
+        return {"tokens": np.full((2, 3), self.at), "example_id": np.arange(2)}
+
+    def restart(self):
+        self.at = 0
+
+    def position(self):
+        return {"at": self.at}
+
+    def move_to(self, position):
+        self.at = position["at"]
+
+
+def test_the_place_in_the_data_is_saved_with_what_clusters_it_is_of(tmp_path):
+    rows = t5x_data.Rows(Counted(), "abc")
+    assert [int(next(rows)["tokens"][0, 0]) for _ in range(3)] == [1, 2, 3]
+    rows.save(tmp_path / "place")
+    again = t5x_data.Rows(Counted(), "abc")
+    again.restore(str(tmp_path / "place"))
+    assert int(next(again)["tokens"][0, 0]) == 4
+    with pytest.raises(InputError, match="place is of a training on other clusters"):
+        t5x_data.Rows(Counted(), "def").restore(tmp_path / "place")
+    (tmp_path / "place").write_text('{"at": 7}')  # of a checkpoint that says nothing of them
+    again.restore(tmp_path / "place")
+    assert int(next(again)["tokens"][0, 0]) == 8
 
 
 def test_an_encoder_is_refused():

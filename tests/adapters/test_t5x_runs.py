@@ -170,6 +170,8 @@ def _tags(folder):
 @pytest.mark.parametrize("model", ["novelty", "alignment"])
 def test_what_t5x_trained_is_what_we_trained(trained, model):
     network = trained.network(model)
+    place = t5x_checkpoints.read_position(trained.folder / "T" / model)
+    assert len(place["clusters"]) == 64 and place["at"] > 0
     theirs = t5x_checkpoints.read_parameters(trained.folder / "T" / model, network)
     start = t5x_checkpoints.read_parameters(trained.folder / "C" / model, network)
     moved = sum(float(np.abs(a - b).sum()) for a, b in _pairs(theirs, start))
