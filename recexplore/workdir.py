@@ -306,9 +306,9 @@ def _read_if_whole(path: Path, keys: set[str]) -> dict[str, Any] | None:
 def _outside_files(bindings: dict[str, str]) -> dict[str, list]:
     """Size and time of every file outside the work directory that a binding names.
 
-    A path, a pattern of paths, or the URL of a database in a file. Of a folder all files in it, and
-    the names of its folders, such as checkpoints, but for hidden ones. What a database server holds
-    can't be told; to read it again, remove the artefact made from it.
+    A path, a pattern of paths, or the URL of a database in a file; of a folder all files in it, and
+    checkpoints in folders of their own. What a database server or a bucket holds can't be told; to
+    read it again, remove the artefact made from it.
     """
     found = {}
     for name in sorted({text for value in bindings.values() for text in _strings(value)}):
@@ -316,11 +316,9 @@ def _outside_files(bindings: dict[str, str]) -> dict[str, list]:
         for match in [path] if os.path.exists(path) else sorted(glob.glob(path)):
             files = sorted(Path(match).iterdir()) if Path(match).is_dir() else [Path(match)]
             for file in files:
-                if file.is_file():
+                if file.is_file() or file.match("checkpoint_*"):
                     stat = file.stat()
                     found[str(file)] = [stat.st_size, stat.st_mtime_ns]
-                elif file.is_dir() and not file.name.startswith("."):
-                    found[str(file)] = []
     return found
 
 

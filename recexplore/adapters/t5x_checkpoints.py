@@ -33,6 +33,7 @@ from recexplore.models.saved import abstract_parameters
 PREFIX = "checkpoint"
 _STATE = "state"  # Orbax's item
 _DATASET, _FIRST_OF_ONE = "dataset", "train_ds-000-of-001"  # where data goes on, of one process
+_OF_ANY = "train_ds-*-of-*"  # of one of several
 CLUSTERS = "clusters"  # in that place: the fingerprint of the descriptions that were trained on
 _LEGACY = "checkpoint"  # the legacy form's msgpack file
 _OUTER = "params"  # the collection, which T5X's names don't have
@@ -60,8 +61,8 @@ def read(path: epath.PathLike, parts: Sequence[str] | None = None) -> Tree:
     except Exception as error:  # TensorStore has kinds of its own
         said = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise InputError(
-            f"The T5X checkpoint {folder} can't be read, so it is damaged or unfinished: {said}. "
-            "Take another."
+            f"The T5X checkpoint {folder} can't be read: {said}. If it is damaged or unfinished, "
+            "take another."
         ) from error
 
 
@@ -93,7 +94,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       InputError: there is none.
     """
-    path = epath.Path(path).resolve()
+    path = _absolute(path)
     if (path / _STATE).is_dir() or (path / _LEGACY).is_file():
         return path
     found = {
@@ -124,10 +125,10 @@ def read_position(path: epath.PathLike) -> dict[str, Any] | None:
     Raises:
       InputError: see `find`.
     """
-    file = find(path) / _DATASET / _FIRST_OF_ONE
+    files = sorted((find(path) / _DATASET).glob(_OF_ANY))
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):  # none, or TensorFlow's
+        found = json.loads(files[0].read_text())
+    except (IndexError, OSError, ValueError):  # none, or TensorFlow's
         return None
     return found if isinstance(found, dict) else None
 
@@ -223,7 +224,7 @@ def write(
             "Merge adapters into the kernels first, as scripts/export_t5x.py does without "
             "--to_train."
         )
-    folder = epath.Path(folder).resolve()
+    folder = _absolute(folder)
     state: Tree = {"step": np.asarray(step, np.int32)}
     if optimizer is not None:
         flat = _flat(serialization.to_state_dict(optimizer))
@@ -249,6 +250,12 @@ def write(
             )
         manager.save(step, args=ocp.args.Composite(**items))
     return folder / f"{PREFIX}_{step}"
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """As Orbax wants it; what has a scheme is so already, and `resolve` would spoil it."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.resolve()
 
 
 def _read_legacy(folder: epath.Path, parts: Sequence[str] | None) -> Tree:

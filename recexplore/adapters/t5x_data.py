@@ -282,8 +282,8 @@ class Rows(dataset_iterator.DatasetIterator):
         if place.pop(t5x_checkpoints.CLUSTERS, self._clusters) != self._clusters:
             raise InputError(
                 f"{filename} is of a training on other clusters, or with another vocabulary, than "
-                "WORKDIR has: token ids mean something else. Set another MODEL_DIR, or the WORKDIR "
-                "of that training."
+                "WORKDIR has: token ids mean something else. Set another MODEL_DIR or "
+                "INITIAL_CHECKPOINT_PATH, or the WORKDIR of that training."
             )
         self._batches.move_to(place)
 

@@ -80,6 +80,7 @@ def take_or_train(
             f"t5x_trained.take_or_train.checkpoint is {checkpoint!r}, and "
             "pipeline.train.pretrained names another model. Bind one of them to None."
         )
+    checkpoint = t5x_checkpoints.find(checkpoint)  # there may be a later one soon
     _check_clusters(checkpoint, constants)
     params = t5x_checkpoints.read_parameters(checkpoint, model)
     _check_finite(checkpoint, params)
@@ -94,10 +95,10 @@ def take_or_train(
 
 def _check_clusters(checkpoint: epath.PathLike, trie: Trie) -> None:
     """Checks that a checkpoint which says what clusters it was trained on was trained on these."""
-    position = t5x_checkpoints.read_position(checkpoint) or {}
-    if position.get(t5x_checkpoints.CLUSTERS, trie_fingerprint(trie)) != trie_fingerprint(trie):
+    position, own = t5x_checkpoints.read_position(checkpoint) or {}, trie_fingerprint(trie)
+    if position.get(t5x_checkpoints.CLUSTERS, own) != own:
         raise InputError(
-            f"The T5X checkpoint {t5x_checkpoints.find(checkpoint)} was trained on other clusters "
+            f"The T5X checkpoint {checkpoint} was trained on other clusters "
             "or with another vocabulary than this work directory has: its token ids mean something "
             "else. Train it again on what `recexplore tokenize` wrote here."
         )
@@ -107,7 +108,7 @@ def _check_finite(checkpoint: epath.PathLike, params: Any) -> None:
     for path, leaf in traverse_util.flatten_dict(params["params"], sep="/").items():
         if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
             raise InputError(
-                f"The T5X checkpoint {t5x_checkpoints.find(checkpoint)} has values in {path} that "
+                f"The T5X checkpoint {checkpoint} has values in {path} that "
                 "are not finite numbers: it is damaged, or its training has diverged. Take another."
             )
 
@@ -158,19 +159,20 @@ def give(trained: Path, to: epath.PathLike, to_train: bool = False) -> epath.Pat
             "it without --to_train."
         )
     latest = folder / str(steps[-1])
-    params, optimizer = _state(latest / "state", model)
-    position = ocp.JsonCheckpointHandler().restore(latest / "position")
+    params, optimizer, position = _state(latest, model)
     return t5x_checkpoints.write(to, steps[-1], params, optimizer, position)
 
 
-def _state(state: Path, model: nn.Module) -> tuple[Any, Any]:
-    """Parameters and AdamW's state of one of our checkpoints."""
+def _state(checkpoint: Path, model: nn.Module) -> tuple[Any, Any, dict[str, int]]:
+    """Parameters, AdamW's state and the place of the next batch of one of our checkpoints."""
+    state = checkpoint / "state"
     shapes = saved.abstract_parameters(model)
     adamw = Optimization(steps=1, learning_rate=1.0).transformation()
     abstract = {"params": shapes, "optimizer": jax.eval_shape(adamw.init, shapes)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        if "optimizer" not in reader.metadata(state).item_metadata.tree:
+        said = reader.metadata(state).item_metadata
+        if said is not None and "optimizer" not in said.tree:
             raise InputError(
                 f"{state} has parameters alone: the model was taken from a checkpoint of T5X's and "
                 "not trained here. Let t5x.train go on from that, or export without --to_train."
@@ -182,12 +184,14 @@ def _state(state: Path, model: nn.Module) -> tuple[Any, Any]:
                     item=abstract, restore_args=as_numpy, partial_restore=True
                 ),
             )
+            position = ocp.JsonCheckpointHandler().restore(checkpoint / "position")
         except Exception as error:  # Orbax has kinds of its own
             raise InputError(
-                f"{state} has no state of AdamW to go on from: {str(error).splitlines()[0][:200]} "
-                "T5X can go on from a model that was trained by AdamW, and trained whole."
+                f"{checkpoint} has no state of AdamW to go on from: "
+                f"{str(error).splitlines()[0][:200]} T5X can go on from a model that was trained "
+                "by AdamW, and trained whole."
             ) from error
-    return found["params"], found["optimizer"]
+    return found["params"], found["optimizer"], position
 
 
 def _mean(model: nn.Module, params: Any, measure: Objective, constants: Any, data: TrainingData):

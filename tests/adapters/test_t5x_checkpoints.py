@@ -1,5 +1,7 @@
 """T5X's checkpoints: read from layouts made by hand, written as T5X wants them, without T5X."""
 
+import glob
+import os
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import linen as nn
 from flax import serialization, traverse_util
 from t5x_layout import arrays_in, write_first_orbax, write_legacy, write_orbax
@@ -190,6 +193,36 @@ def test_what_is_no_checkpoint_is_refused(spoil, message, tmp_path):
     spoil(tmp_path)
     with pytest.raises(InputError, match=message):
         t5x_checkpoints.read_parameters(tmp_path, NETWORKS["novelty"])
+
+
+class Bucket:
+    """gs://bucket, whose files lie in a folder here."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def here(self, path):
+        return os.fspath(path).replace("gs://bucket", self.folder)
+
+    def exists(self, path):
+        return os.path.exists(self.here(path))
+
+    def isdir(self, path):
+        return os.path.isdir(self.here(path))
+
+    def glob(self, path):
+        return [p.replace(self.folder, "gs://bucket") for p in glob.glob(self.here(path))]
+
+
+def test_a_checkpoint_in_a_bucket_is_found_where_it_is(tmp_path, monkeypatch):
+    for step in (3, 20):
+        write_orbax(tmp_path / "models", step, {"target": {"w": np.zeros(2)}})
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "_backend", Bucket(tmp_path))
+    for given, found in (("models", "checkpoint_20"), ("models/checkpoint_3", "checkpoint_3")):
+        path = t5x_checkpoints.find(f"gs://bucket/{given}")
+        assert os.fspath(path) == f"gs://bucket/models/{found}"
+    with pytest.raises(InputError, match="^gs://bucket/nothing is no T5X checkpoint"):
+        t5x_checkpoints.find("gs://bucket/nothing")
 
 
 def test_a_damaged_legacy_array_is_named(tmp_path):

@@ -268,6 +268,14 @@ def test_the_latest_state_and_place_are_given_to_train_on(trained, tmp_path, mon
     }
 
 
+@pytest.mark.parametrize("lost", ["state/_METADATA", "position/metadata"])
+def test_a_damaged_checkpoint_is_not_given_to_train_on(trained, tmp_path, lost):
+    folder, _, _ = trained
+    (folder / saved.CHECKPOINTS / "20" / lost).unlink()
+    with pytest.raises(InputError, match="checkpoints/20 has no state of AdamW to go on from"):
+        t5x_trained.give(folder, tmp_path / "T", to_train=True)
+
+
 def test_what_was_taken_has_nothing_to_train_on(tmp_path):
     model = Transformer(CONFIG)
     take(tmp_path, t5x_checkpoints.write(tmp_path / "T", 70, variables_of(model)))

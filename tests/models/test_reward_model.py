@@ -8,6 +8,7 @@ import pytest
 from recexplore.configuration import Configuration
 from recexplore.errors import InputError
 from recexplore.models import saved
+from recexplore.models.encoder_decoder import EncoderDecoderConfig
 from recexplore.models.reward_model import RewardModel
 from recexplore.models.transformer import TransformerConfig
 
@@ -34,6 +35,23 @@ def ask(model, projections, method):
     hidden = jnp.stack([jnp.asarray(projections, jnp.float32), jnp.ones(len(projections))], axis=1)
     params = jax.tree.map(jnp.asarray, PARAMS[model], is_leaf=lambda x: isinstance(x, list))
     return np.asarray(model.apply(params, hidden, method=method), np.float64)
+
+
+def test_an_encoder_is_not_guessed_where_a_prompt_ends():
+    config = EncoderDecoderConfig(
+        vocab_size=8,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        model_dim=4,
+        num_heads=1,
+        head_dim=2,
+        mlp_dim=2,
+        max_length=4,
+    )
+    model = RewardModel(config)
+    params = saved.fresh_variables(model, jax.random.key(0))
+    with pytest.raises(ValueError, match="where a prompt ends"):
+        model.apply(params, jnp.ones((1, 4), int), jnp.array([3]))
 
 
 def test_the_ordinal_head_has_a_cumulative_link():
